@@ -1,0 +1,118 @@
+"""What a backend is: it says whether it can run a problem, and why not, and runs it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lstm.devices import DeviceDescription
+from fused_lstm.reference import RecurrenceForward
+
+__all__ = ["Backend", "Problem", "RecurrenceGradients", "Support"]
+
+
+class Problem(NamedTuple):
+    """Everything the choice of a backend may depend on; hashable, so that choices are cached.
+
+    Attributes:
+        device: where it runs.
+        dtype: dtype of the gates (under autocast, the autocast dtype).
+        steps: T, time steps.
+        batch: B.
+        hidden_size: H.
+        proj_size: P, or 0 without a projection.
+        packed: whether the rows are packed (`batch_sizes`).
+        training: whether a gradient will be asked for.
+        autocast: whether autocast chose the dtype.
+        whole_layers: True for a stack of layers with its input projections, False for one
+            recurrence.
+        transform: "vmap" (any `torch.func` transform) or "jvp" (forward-mode AD) if one is under
+            way, else "".
+    """
+
+    device: DeviceDescription
+    dtype: torch.dtype
+    steps: int
+    batch: int
+    hidden_size: int
+    proj_size: int = 0
+    packed: bool = False
+    training: bool = False
+    autocast: bool = False
+    whole_layers: bool = False
+    transform: str = ""
+
+
+class Support(NamedTuple):
+    """A backend's answer for one problem.
+
+    Attributes:
+        ok: whether it can run the problem.
+        reason: why it cannot, or how it would run it.
+        default: whether it may be chosen without being named: a kernel that has not passed its
+            tests on a device's architecture can be named there, but is not chosen.
+    """
+
+    ok: bool
+    reason: str
+    default: bool = True
+
+
+class RecurrenceGradients(NamedTuple):
+    """Gradients of one recurrence.
+
+    Attributes:
+        gates: like gates.
+        h0: [B, P].
+        c0: [B, H].
+        h: the whole δh, like h, where there is a projection; else None.
+    """
+
+    gates: Tensor
+    h0: Tensor
+    c0: Tensor
+    h: Tensor | None
+
+
+class Backend:
+    """One way to compute the recurrence. Subclasses are stateless; `name` is what users write."""
+
+    name: ClassVar[str]
+
+    def supports(self, problem: Problem) -> Support:
+        """Say whether this backend can run `problem`, and why or how."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        gates: Tensor,
+        weight_hh: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        reverse: bool,
+        save_activations: bool,
+        save_cells: bool,
+    ) -> RecurrenceForward:
+        """Compute the recurrence; what is not to be saved comes back as an empty tensor."""
+        raise NotImplementedError
+
+    def backward(
+        self,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        activations: Tensor,
+        c: Tensor,
+        weight_hh: Tensor,
+        c0: Tensor,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        reverse: bool,
+    ) -> RecurrenceGradients:
+        """Compute the recurrence's gradients; see `reference.recurrence_backward`."""
+        raise NotImplementedError

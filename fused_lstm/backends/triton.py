@@ -1,0 +1,148 @@
+"""The portable Triton kernels as a backend: NVIDIA and AMD GPUs, and the interpreter on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fused_lstm.backends.base import Backend, Problem, RecurrenceGradients, Support
+from fused_lstm.reference import RecurrenceForward
+
+__all__ = ["TritonBackend"]
+
+# Architectures on which the whole GPU suite has passed. Elsewhere the kernels can be named, but are
+# not chosen by default.
+VERIFIED_ARCHITECTURES: frozenset[str] = frozenset()
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What the interpreter is launched for: any architecture's configuration computes the same.
+_INTERPRETED_ARCH = "sm_80"
+
+
+class TritonBackend(Backend):
+    """The sequence kernel (one launch for all steps) or the step kernel (one launch per step)."""
+
+    name = "triton"
+
+    @override
+    def supports(self, problem: Problem) -> Support:
+        if problem.dtype not in _DTYPES:
+            return Support(False, f"{problem.dtype} is not one of float32, float16, bfloat16")
+        if problem.proj_size:
+            return Support(False, f"proj_size={problem.proj_size}: the kernels have no projection")
+        if importlib.util.find_spec("triton") is None:
+            return Support(False, "the package triton is not installed")
+        if problem.device.type != "cuda":
+            if problem.device.type == "cpu" and _interpreted():
+                return Support(True, f"interpreted, {_plan(problem)}", default=False)
+            return Support(
+                False, f"Triton compiles for GPUs, not for a {problem.device.type} device"
+            )
+        arch = problem.device.arch
+        if arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80:
+            return Support(False, f"{arch} is older than sm_80, the first with bfloat16 and TF32")
+        if arch not in VERIFIED_ARCHITECTURES:
+            return Support(
+                True,
+                f"{_plan(problem)}; to be named: its tests have not passed on {arch} yet",
+                default=False,
+            )
+        return Support(True, _plan(problem))
+
+    @override
+    def forward(
+        self,
+        gates: Tensor,
+        weight_hh: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        reverse: bool,
+        save_activations: bool,
+        save_cells: bool,
+    ) -> RecurrenceForward:
+        from fused_lstm.kernels import triton as kernels
+
+        return RecurrenceForward(
+            *kernels.lstm_forward(
+                gates,
+                weight_hh,
+                h0,
+                c0,
+                batch_sizes=batch_sizes,
+                reverse=reverse,
+                save_activations=save_activations,
+                save_cells=save_cells,
+                input_precision=_input_precision(),
+            )
+        )
+
+    @override
+    def backward(
+        self,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        activations: Tensor,
+        c: Tensor,
+        weight_hh: Tensor,
+        c0: Tensor,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        reverse: bool,
+    ) -> RecurrenceGradients:
+        from fused_lstm.kernels import triton as kernels
+
+        grad_gates, grad_h0, grad_c0 = kernels.lstm_backward(
+            grad_h,
+            grad_c,
+            grad_h_n,
+            grad_c_n,
+            activations,
+            c,
+            weight_hh,
+            c0,
+            batch_sizes=batch_sizes,
+            reverse=reverse,
+            input_precision=_input_precision(),
+        )
+        return RecurrenceGradients(grad_gates, grad_h0, grad_c0, None)
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1 before their import)."""
+    # Asked on every CPU: without the variable, Triton is not imported for the answer.
+    if "TRITON_INTERPRET" not in os.environ:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _input_precision() -> str:
+    """How float32 operands enter the tensor cores: as cuDNN's recurrent layers do."""
+    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def _plan(problem: Problem) -> str:
+    """Describe the launch that `problem` gets."""
+    from fused_lstm.kernels.triton.config import select_launch_config
+
+    config = select_launch_config(
+        "forward",
+        batch=problem.batch,
+        hidden=problem.hidden_size,
+        dtype=problem.dtype,
+        arch=problem.device.arch or _INTERPRETED_ARCH,
+        input_precision=_input_precision(),
+    )
+    launches = "one launch for all steps" if config.scope == "sequence" else "one launch per step"
+    return f"{config.scope} kernel, {launches}"

@@ -1,0 +1,105 @@
+"""What the choice of a backend needs to know of a device, whether or not it is at hand."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["DeviceDescription", "describe_device"]
+
+# Shared memory that one thread block can use, in bytes, by NVIDIA compute capability (CUDA C++
+# Programming Guide, "Technical Specifications per Compute Capability") and for AMD CDNA 3.
+_SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+_MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 142,
+    "sm_90": 132,
+    "sm_100": 148,
+    "gfx942": 304,
+}
+
+
+@dataclass(frozen=True)
+class DeviceDescription:
+    """A device, real or described.
+
+    Attributes:
+        type: torch's device type: "cpu", "cuda" (NVIDIA and AMD GPUs), "meta", ...
+        arch: instruction set of a GPU, such as "sm_90" or "gfx942"; empty for other devices.
+        name: what to call it in print.
+        shared_memory: bytes of shared memory one thread block can use; 0 where there is none.
+        multiprocessors: number of streaming multiprocessors or compute units; 0 where none.
+    """
+
+    type: str
+    arch: str = ""
+    name: str = ""
+    shared_memory: int = 0
+    multiprocessors: int = 0
+
+    def __str__(self) -> str:
+        return self.name or self.arch or self.type
+
+
+def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDescription:
+    """Describe a torch device, or a GPU that need not be there.
+
+    Args:
+        device: a `torch.device`, its name ("cpu", "cuda:1"), or a GPU architecture: "sm_80",
+            "sm_90", "sm_100", "gfx942".
+
+    Raises:
+        ValueError: for a name that is neither.
+    """
+    if isinstance(device, DeviceDescription):
+        return device
+    if isinstance(device, torch.device):
+        # An index may be missing: torch.device("cuda") means the current one.
+        index = device.index
+        if device.type == "cuda" and index is None:
+            index = torch.cuda.current_device()
+        return _describe_torch_device(device.type, index)
+    if re.fullmatch(r"sm_\d+[af]?|gfx[0-9a-f]+", device):
+        arch = device.rstrip("af") if device.startswith("sm_") else device
+        return DeviceDescription(
+            "cuda",
+            arch,
+            f"{device} GPU",
+            _SHARED_MEMORY.get(arch, 48 << 10),
+            _MULTIPROCESSORS.get(arch, 1),
+        )
+    try:
+        return describe_device(torch.device(device))
+    except RuntimeError:
+        raise ValueError(
+            f"device={device!r}: expected a torch device such as 'cpu' or 'cuda:0', or a GPU "
+            "architecture such as 'sm_90' or 'gfx942'"
+        ) from None
+
+
+@functools.cache
+def _describe_torch_device(kind: str, index: int | None) -> DeviceDescription:
+    if kind != "cuda":
+        return DeviceDescription(kind, name="CPU" if kind == "cpu" else kind)
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+        shared = _SHARED_MEMORY.get(arch, 64 << 10)
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return DeviceDescription(
+        "cuda", arch, properties.name, shared, properties.multi_processor_count
+    )

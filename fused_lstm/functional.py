@@ -1,0 +1,361 @@
+"""Stacks of LSTM layers around the recurrence: projections, biases, directions, dropout, packing.
+
+Dimensions: `T` time steps, `B` batch, `I` input features, `H` hidden units, `P` features of h (H,
+or proj_size), `L` layers, `D` directions, `N` rows of a packed batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_lstm import backends
+from fused_lstm.backends import Problem
+from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
+from fused_lstm.devices import describe_device
+from fused_lstm.errors import BackendUnavailableError
+from fused_lstm.recurrence import recurrence, transform_under_way
+
+__all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
+
+
+class _DirectionWeights(NamedTuple):
+    """Weights of one layer in one direction."""
+
+    ih: Tensor
+    hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    hr: Tensor | None
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a stack of LSTM layers; the functional form of `fused_lstm.LSTM`.
+
+    Args:
+        input: [T, B, I], [B, T, I] with batch_first, or packed rows [N, I] with batch_sizes.
+        hx: h_0 [L·D, B, P] and c_0 [L·D, B, H].
+        weights: for each layer and direction weight_ih, weight_hh, bias_ih and bias_hh (with
+            bias), weight_hr (with a projection), in torch's order.
+        batch_sizes: [T] int64 on the CPU for packed rows, as in `PackedSequence`; else None.
+        bias: whether `weights` holds biases.
+        num_layers: L.
+        dropout: probability of zeroing an output of every layer but the last, in training.
+        training: whether dropout acts.
+        bidirectional: whether D is 2.
+        batch_first: whether input and output are [B, T, ...]; packed rows are neither.
+        backend: a backend's name, or None for the default choice.
+
+    Returns:
+        output, shaped as input with D·P features, h_n [L·D, B, P] and c_n [L·D, B, H].
+
+    Raises:
+        RuntimeError: if T is 0, or tensors lie on different devices, with torch's text.
+        ValueError: if the backend is unknown.
+        BackendUnavailableError: if the named backend cannot run the problem.
+    """
+    name = backends.check_name(backend)
+    transform = transform_under_way()
+    if transform != "compile":
+        # A compiled program makes its choice when it runs, inside the operator.
+        name = backends.requested_name(name)
+    elif name == AtenBackend.name:
+        raise BackendUnavailableError(f"backend={name!r} cannot run here: {UNTRACEABLE}")
+    if transform != "compile" and name in (None, AtenBackend.name):
+        problem = layers_problem(input, hx, weights, batch_sizes, batch_first, transform)
+        if backends.select_backend(problem, name) == AtenBackend.name:
+            aten = cast(AtenBackend, backends.get_backend(AtenBackend.name))
+            return aten.layers(
+                input,
+                hx,
+                weights,
+                batch_sizes=batch_sizes,
+                bias=bias,
+                num_layers=num_layers,
+                dropout=dropout,
+                training=training,
+                bidirectional=bidirectional,
+                batch_first=batch_first,
+            )
+    states = num_layers * (2 if bidirectional else 1)
+    _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
+    return _stack_of_layers(
+        input,
+        hx,
+        weights,
+        batch_sizes,
+        bias,
+        num_layers,
+        dropout if training else 0.0,
+        bidirectional,
+        batch_first,
+        name,
+    )
+
+
+def input_dtype(input: Tensor, device_type: str) -> torch.dtype:
+    """Dtype in which the layers compute: the input's, or the one autocast chooses."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return input.dtype
+
+
+def layers_problem(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    transform: str,
+) -> Problem:
+    """Describe a stack of layers to the backends."""
+    if batch_sizes is not None:
+        steps, batch = batch_sizes.shape[0], hx[0].shape[1]
+    else:
+        batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+    hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
+    dtype = input_dtype(input, input.device.type)
+    return Problem(
+        device=describe_device(input.device),
+        dtype=dtype,
+        steps=int(steps),
+        batch=int(batch),
+        hidden_size=hidden_size,
+        proj_size=0 if features == hidden_size else features,
+        packed=batch_sizes is not None,
+        training=torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in (input, *hx, *weights)),
+        autocast=dtype != input.dtype,
+        whole_layers=True,
+        transform=transform,
+    )
+
+
+def _check_tensors(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    states: int,
+) -> None:
+    """Raise what PyTorch's operator raises, with its texts where they name the fault."""
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    for kind, tensors in (("hidden", hx), ("parameter", weights)):
+        for tensor in tensors:
+            if tensor.device != input.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at "
+                    f"{input.device} and {kind} tensor at {tensor.device}"
+                )
+    if batch_sizes is None:
+        batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    else:
+        # The tensor's first entry is read nowhere else: the states say how large the batch is.
+        batch = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
+    hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
+    autocast = input_dtype(input, input.device.type) != input.dtype
+    for k, (state, size) in enumerate(zip(hx, (features, hidden_size), strict=True)):
+        if tuple(state.shape) != (states, batch, size):
+            raise RuntimeError(
+                f"Expected hidden[{k}] size {(states, batch, size)}, got {list(state.shape)}"
+            )
+        if state.dtype != input.dtype and not autocast:
+            raise RuntimeError(
+                f"Expected hidden[{k}] to have the dtype of the input, {input.dtype}, "
+                f"got {state.dtype}"
+            )
+
+
+def _by_direction(weights: list[Tensor], bias: bool) -> list[_DirectionWeights]:
+    """Group the flat weights by layer and direction."""
+    hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
+    projected = features != hidden_size
+    count = 2 + 2 * bias + projected
+    groups = []
+    for start in range(0, len(weights), count):
+        group = weights[start : start + count]
+        groups.append(
+            _DirectionWeights(
+                group[0],
+                group[1],
+                group[2] if bias else None,
+                group[3] if bias else None,
+                group[-1] if projected else None,
+            )
+        )
+    return groups
+
+
+def _one_direction(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: _DirectionWeights,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    batch_first: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project the whole sequence with one GEMM, then run the recurrence over it."""
+    bias = None
+    if weights.bias_ih is not None and weights.bias_hh is not None:
+        bias = weights.bias_ih + weights.bias_hh
+    gates = F.linear(x, weights.ih, bias)
+    if batch_first:
+        # A view: the kernels read any strides.
+        gates = gates.transpose(0, 1)
+    dtype = gates.dtype
+    # Under autocast the projection has chosen the dtype, and the recurrence follows it.
+    h, _, h_n, c_n = recurrence(
+        gates,
+        weights.hh.to(dtype),
+        h_0.to(dtype),
+        c_0.to(dtype),
+        None if weights.hr is None else weights.hr.to(dtype),
+        batch_sizes,
+        reverse,
+        backend,
+        save_cells=False,
+    )
+    return h, h_n, c_n
+
+
+def _stack_of_layers(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the layers one after another, each direction as one recurrence."""
+    directions = 2 if bidirectional else 1
+    groups = _by_direction(weights, bias)
+    batch_first = batch_first and batch_sizes is None
+    x = input
+    h_n, c_n = [], []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            h, h_last, c_last = _one_direction(
+                x,
+                hx[0][k],
+                hx[1][k],
+                groups[k],
+                batch_sizes,
+                reverse=direction == 1,
+                batch_first=batch_first and layer == 0,
+                backend=backend,
+            )
+            outputs.append(h)
+            h_n.append(h_last)
+            c_n.append(c_last)
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if dropout > 0 and layer < num_layers - 1:
+            x = F.dropout(x, dropout, training=True)
+    if batch_first:
+        x = x.transpose(0, 1)
+    return x, torch.stack(h_n), torch.stack(c_n)
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run one step of an LSTM; the functional form of `fused_lstm.LSTMCell`.
+
+    Args:
+        input: [B, I].
+        hx: h [B, H] and c [B, H].
+        weight_ih: [4H, I].
+        weight_hh: [4H, H].
+        bias_ih: [4H] or None.
+        bias_hh: [4H] or None.
+        backend: a backend's name, or None for the default choice.
+
+    Returns:
+        h [B, H] and c [B, H] after the step.
+
+    Raises:
+        ValueError: if the backend is unknown.
+        RuntimeError: for sizes that do not fit, with torch's text.
+        BackendUnavailableError: if the named backend cannot run the problem.
+    """
+    name = backends.requested_name(backends.check_name(backend))
+    # A compiler takes PyTorch's cell apart; the other transforms have no rule for it.
+    transform = transform_under_way().removesuffix("compile")
+    if transform and name in (None, AtenBackend.name):
+        problem = layers_problem(
+            input.unsqueeze(0), hx, [weight_ih, weight_hh], None, False, transform
+        )
+        name = backends.select_backend(problem, name)
+    elif name in (None, AtenBackend.name):
+        return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    _check_cell(input, hx, weight_ih, weight_hh)
+    weights = _DirectionWeights(weight_ih, weight_hh, bias_ih, bias_hh, None)
+    _, h, c = _one_direction(
+        input.unsqueeze(0),
+        hx[0],
+        hx[1],
+        weights,
+        batch_sizes=None,
+        reverse=False,
+        batch_first=False,
+        backend=name,
+    )
+    return h, c
+
+
+def _check_cell(
+    input: Tensor, hx: tuple[Tensor, Tensor], weight_ih: Tensor, weight_hh: Tensor
+) -> None:
+    """Raise what PyTorch's cell raises, with its texts."""
+    if len(hx) != 2:
+        raise RuntimeError("lstm_cell expects two hidden states")
+    if input.shape[1] != weight_ih.shape[1]:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.shape[1]} expected {weight_ih.shape[1]}"
+        )
+    hidden_size = weight_hh.shape[1]
+    for k, state in enumerate(hx):
+        if state.shape[0] != input.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size "
+                f"{state.shape[0]}"
+            )
+        if state.shape[1] != hidden_size:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, "
+                f"expected {hidden_size}"
+            )

@@ -1,0 +1,342 @@
+"""`LSTM` and `LSTMCell`: `torch.nn.LSTM` and `torch.nn.LSTMCell` on fused kernels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_lstm import functional
+from fused_lstm.backends import check_name
+from fused_lstm.recurrence import transform_under_way
+
+__all__ = ["LSTM", "LSTMCell"]
+
+HiddenState = tuple[Tensor, Tensor]
+
+
+class LSTM(nn.LSTM):
+    """A drop-in `torch.nn.LSTM`: same parameters, `state_dict`, results, errors and random numbers.
+
+    The equations are those of `fused_lstm.lstm_recurrence`, with gates = x·W_ihᵀ + b_ih + b_hh in
+    each layer (Hochreiter & Schmidhuber 1997; Gers et al. 2000; Sak et al. 2014).
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, hidden units.
+        num_layers: L, stacked layers.
+        bias: whether to learn b_ih and b_hh.
+        batch_first: whether input and output are [B, T, ...] rather than [T, B, ...].
+        dropout: probability of zeroing an output of every layer but the last, in training.
+        bidirectional: whether a second recurrence runs backwards in time (D = 2, else 1).
+        proj_size: P, size of a learned projection of h; 0 for none (P = H).
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        backend: "triton", "aten" or "reference" to insist on one; None for the fastest that
+            supports the problem (`fused_lstm.explain` tells which).
+
+    Raises:
+        TypeError: as `torch.nn.LSTM`; or if backend is neither None nor a string.
+        ValueError: as `torch.nn.LSTM`; or if no backend has that name.
+    """
+
+    # For modules pickled or built without it.
+    backend: str | None = None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+        )
+        self.backend = check_name(backend)
+
+    @property
+    def _flat_weight_refs(self) -> list[Any]:
+        """No weak references: torch's would forbid `torch.utils.swap_tensors`."""
+        return []
+
+    @_flat_weight_refs.setter
+    def _flat_weight_refs(self, value: list[Any]) -> None:
+        # Torch deletes the key when it pickles.
+        self.__dict__["_flat_weight_refs"] = []
+
+    def _weights_have_changed(self) -> bool:
+        """Tell whether a weight is another object than at the last forward pass.
+
+        As torch's own, down to the number of times a weight is read (`spectral_norm` iterates at
+        each), but by comparison with the list of weights itself.
+        """
+        for known, name in zip(self._flat_weights, self._flat_weights_names, strict=True):
+            weight = getattr(self, name) if hasattr(self, name) else None
+            if weight is not None and known is not None and known is not weight:
+                return True
+        return False
+
+    def _current_weights(self) -> list[Tensor]:
+        """Return the weights as they are now, in torch's order: never a stale copy.
+
+        Whatever replaces a weight (`functional_call`, a parametrization, pruning, assignment,
+        `_parameters[...]`) is seen by the next forward pass.
+        """
+        if transform_under_way():
+            # Torch's list would keep a transform's tensors beyond the transform.
+            return [getattr(self, name) for name in self._flat_weights_names]
+        self._update_flat_weights()
+        return self._flat_weights  # type: ignore[return-value]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LSTM:
+        """Copy the module; parametrized ones too, whose computed weights cannot be copied."""
+        replica = self.__new__(type(self))
+        memo[id(self)] = replica
+        computed = ("_flat_weights", "_flat_weight_refs")
+        state = {key: value for key, value in self.__dict__.items() if key not in computed}
+        replica.__dict__.update(copy.deepcopy(state, memo))
+        replica._init_flat_weights()
+        return replica
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: HiddenState | None = None
+    ) -> tuple[Tensor | PackedSequence, HiddenState]:
+        """Run the layers over a batch of sequences.
+
+        Args:
+            input: [T, B, I] ([B, T, I] with batch_first), [T, I] for one sequence, or a
+                `PackedSequence`; in the dtype of the weights unless autocast is on.
+            hx: (h_0 [L·D, B, P], c_0 [L·D, B, H]), without B for one sequence; zeros if None.
+
+        Returns:
+            `(output, (h_n, c_n))`: output as input with D·P features, h_n and c_n as h_0 and c_0.
+
+        Raises:
+            ValueError: if input has neither 2 nor 3 dimensions, or not the weights' dtype.
+            RuntimeError: for sizes or devices that do not fit, with torch's text.
+            BackendUnavailableError: if the named backend cannot run the problem.
+        """
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_fx_call(input, hx)
+        weights = self._current_weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, weights)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        x = input if batched else input.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zero_state(x, x.size(batch_dim))
+        elif hx[0].dim() != input.dim() or hx[1].dim() != input.dim():
+            kind, dims = ("batched 3-D", "3-D") if batched else ("unbatched 2-D", "2-D")
+            raise RuntimeError(
+                f"For {kind} input, hx and cx should also be {dims} but got "
+                f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        elif not batched:
+            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        self.check_forward_args(x, hx, None)
+        output, h_n, c_n = self._layers(x, hx, weights, None)
+        if not batched:
+            return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+        return output, (h_n, c_n)
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: HiddenState | None, weights: list[Tensor]
+    ) -> tuple[PackedSequence, HiddenState]:
+        """Run the layers over packed rows; hx and the results are in the user's order."""
+        rows, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            hx = self._zero_state(rows, batch_sizes[0])
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+        output, h_n, c_n = self._layers(rows, hx, weights, batch_sizes)
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden((h_n, c_n), unsorted_indices)
+
+    def _layers(
+        self, input: Tensor, hx: HiddenState, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return functional.lstm(
+            input,
+            hx,
+            weights,
+            batch_sizes=batch_sizes,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            backend=self.backend,
+        )
+
+    def _zero_state(self, input: Tensor, batch: int | Tensor) -> HiddenState:
+        """Zeros for h_0 and c_0, in the dtype and on the device of the input."""
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        h_0, c_0 = (
+            torch.zeros(states, batch, size, dtype=input.dtype, device=input.device)  # type: ignore[arg-type]
+            for size in (self.proj_size or self.hidden_size, self.hidden_size)
+        )
+        return h_0, c_0
+
+    def _as_fx_call(self, input: torch.fx.Proxy, hx: Any) -> Any:
+        """Stay one `call_module` node in `torch.fx`, whose tracer enters classes outside torch."""
+        tracer = input.tracer
+        arguments = (input,) if hx is None else (input, hx)
+        return tracer.create_proxy(
+            "call_module",
+            tracer.path_of_module(self),  # type: ignore[attr-defined]
+            arguments,
+            {},
+        )
+
+    def extra_repr(self) -> str:
+        """As `torch.nn.LSTM`, and the backend if one was named."""
+        text = super().extra_repr()
+        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+    def to_torch(self) -> nn.LSTM:
+        """Return an equal `torch.nn.LSTM` that shares this module's parameters.
+
+        For tools that look for the exact class (`quantize_dynamic`, `torch.jit.script`).
+        """
+        twin = nn.LSTM(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            bidirectional=self.bidirectional,
+            proj_size=self.proj_size,
+            device="meta",
+        )
+        # Set afterwards: the constructor warns of dropout in a single layer.
+        twin.dropout = self.dropout
+        _share_weights(self, twin, self._flat_weights_names)
+        twin._init_flat_weights()
+        return twin.train(self.training)
+
+    def __prepare_scriptable__(self) -> nn.LSTM:
+        """What `torch.jit.script` compiles in this module's place."""
+        return self.to_torch()
+
+
+class LSTMCell(nn.LSTMCell):
+    """A drop-in `torch.nn.LSTMCell`: one step of an LSTM, same parameters and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, hidden units.
+        bias: whether to learn b_ih and b_hh.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        backend: as for `LSTM`.
+
+    Raises:
+        TypeError: if backend is neither None nor a string.
+        ValueError: if no backend has that name.
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
+        self.backend = check_name(backend)
+
+    def forward(self, input: Tensor, hx: HiddenState | None = None) -> HiddenState:
+        """Compute one step.
+
+        Args:
+            input: [B, I], or [I] for one sequence.
+            hx: (h [B, H], c [B, H]), without B for one sequence; zeros if None.
+
+        Returns:
+            h and c after the step, shaped as hx.
+
+        Raises:
+            ValueError: if input or a state has neither 1 nor 2 dimensions.
+            RuntimeError: for sizes or devices that do not fit, with torch's text.
+            BackendUnavailableError: if the named backend cannot run the problem.
+        """
+        if isinstance(input, torch.fx.Proxy):
+            return LSTM._as_fx_call(self, input, hx)
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for k, state in enumerate(hx or ()):
+            if state.dim() not in (1, 2):
+                raise ValueError(
+                    f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
+                )
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            zeros = torch.zeros(x.size(0), self.hidden_size, dtype=x.dtype, device=x.device)
+            hx = (zeros, zeros)
+        elif not batched:
+            hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        h, c = functional.lstm_cell(
+            x,
+            hx,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            backend=self.backend,
+        )
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def extra_repr(self) -> str:
+        """As `torch.nn.LSTMCell`, and the backend if one was named."""
+        text = super().extra_repr()
+        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+    def to_torch(self) -> nn.LSTMCell:
+        """Return an equal `torch.nn.LSTMCell` that shares this module's parameters."""
+        twin = nn.LSTMCell(self.input_size, self.hidden_size, self.bias, device="meta")
+        _share_weights(self, twin, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+        return twin.train(self.training)
+
+    def __prepare_scriptable__(self) -> nn.LSTMCell:
+        """What `torch.jit.script` compiles in this module's place."""
+        return self.to_torch()
+
+
+def _share_weights(source: nn.Module, target: nn.Module, names: list[str]) -> None:
+    """Give `target` the weights of `source`: parameters stay parameters, tensors stay tensors."""
+    for name in names:
+        weight = getattr(source, name)
+        if weight is not None and not isinstance(weight, nn.Parameter):
+            delattr(target, name)
+        setattr(target, name, weight)

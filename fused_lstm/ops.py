@@ -1,0 +1,315 @@
+"""The recurrence as two operators of `torch.library`, and the fallback between backends.
+
+`torch.compile` and `torch.export` see opaque, well-typed operators that mutate nothing. Backends
+are chosen inside, by the sizes of the moment; shapes and dtypes never depend on the backend.
+
+Dimensions: `T` time steps, `B` batch, `H` hidden units, `P` features of h, `N` packed rows, `V` a
+dimension mapped by `vmap`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fused_lstm import backends
+from fused_lstm.backends import Problem
+from fused_lstm.devices import describe_device
+from fused_lstm.errors import KernelFallbackWarning
+from fused_lstm.reference import state_dtype
+
+__all__ = ["autocast_off", "lstm_backward", "lstm_forward", "recurrence_problem"]
+
+Result = TypeVar("Result")
+
+# Kernels that failed, as (backend, direction, dtype, hidden size): they are not tried again.
+_failed: set[tuple[str, str, torch.dtype, int]] = set()
+
+
+def recurrence_problem(
+    gates: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    batch: int,
+    packed: bool,
+    train: bool,
+) -> Problem:
+    """Describe one recurrence to the backends."""
+    return Problem(
+        device=describe_device(gates.device),
+        dtype=gates.dtype,
+        steps=gates.shape[0],
+        batch=batch,
+        hidden_size=gates.shape[-1] // 4,
+        proj_size=0 if weight_hr is None else weight_hh.shape[1],
+        packed=packed,
+        training=train,
+    )
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    """Keep autocast from rounding the sums of code that has chosen its dtypes itself."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _run(
+    direction: str,
+    problem: Problem,
+    name: str | None,
+    launch: Callable[[backends.Backend], Result],
+) -> Result:
+    """Run `launch` on the chosen backend, and after a failure on the next one, with one warning."""
+    chosen = backends.select_backend(problem, name)
+    for candidate in backends.ORDER[backends.ORDER.index(chosen) :]:
+        key = (candidate, direction, problem.dtype, problem.hidden_size)
+        support = backends.supports(candidate, problem)
+        usable = support.ok and (support.default or candidate == chosen)
+        if candidate == backends.ORDER[-1] or key in _failed or not usable:
+            continue
+        try:
+            with autocast_off(problem.device.type):
+                return launch(backends.get_backend(candidate))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever a compiler, a driver or a launcher raises: the result is still to be right.
+            _failed.add(key)
+            warnings.warn(
+                f"the {direction} kernel of the backend {candidate!r} failed for "
+                f"hidden_size={problem.hidden_size}, {problem.dtype} on {problem.device} and is "
+                f"not used again for it; the next backend runs. {type(error).__name__}: {error}",
+                KernelFallbackWarning,
+                stacklevel=2,
+            )
+    with autocast_off(problem.device.type):
+        return launch(backends.get_backend(backends.ORDER[-1]))
+
+
+@torch.library.custom_op("fused_lstm::lstm_forward", mutates_args=())
+def lstm_forward(
+    gates: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    save_activations: bool,
+    save_cells: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the recurrence.
+
+    Args:
+        gates: [T, B, 4H] or [N, 4H].
+        weight_hh: [4H, P].
+        h0: [B, P].
+        c0: [B, H].
+        weight_hr: [P, H] or None.
+        batch_sizes: [T] int64 on the CPU, or None.
+        reverse: whether time runs from T-1 to 0.
+        save_activations: whether the activated gates are wanted.
+        save_cells: whether the cell states are wanted.
+        backend: a backend's name, or None.
+
+    Returns:
+        h, c, activations, h_n, c_n; see `reference.RecurrenceForward`. What is not saved is an
+        empty tensor of shape [0].
+    """
+    problem = recurrence_problem(
+        gates, weight_hh, weight_hr, h0.shape[0], batch_sizes is not None, save_activations
+    )
+    out = _run(
+        "forward",
+        problem,
+        backends.requested_name(backend),
+        lambda chosen: chosen.forward(
+            gates,
+            weight_hh,
+            h0,
+            c0,
+            weight_hr,
+            batch_sizes,
+            reverse,
+            save_activations,
+            save_cells,
+        ),
+    )
+    return out.h, out.c, out.activations, out.h_n, out.c_n
+
+
+@lstm_forward.register_fake
+def _(
+    gates: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    save_activations: bool,
+    save_cells: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    leading = gates.shape[:-1]
+    return (
+        gates.new_empty((*leading, weight_hh.shape[1])),
+        gates.new_empty(
+            (*leading, c0.shape[1]) if save_cells else (0,), dtype=state_dtype(gates.dtype)
+        ),
+        gates.new_empty(gates.shape if save_activations else (0,)),
+        gates.new_empty(h0.shape),
+        gates.new_empty(c0.shape),
+    )
+
+
+@torch.library.custom_op("fused_lstm::lstm_backward", mutates_args=())
+def lstm_backward(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    activations: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the recurrence's gradients; see `reference.recurrence_backward` for the equations.
+
+    Returns:
+        Gradients of gates, h0 and c0, and with a projection the whole δh (else an empty tensor).
+    """
+    problem = recurrence_problem(
+        activations, weight_hh, weight_hr, c0.shape[0], batch_sizes is not None, True
+    )
+    grads = _run(
+        "backward",
+        problem,
+        backends.requested_name(backend),
+        lambda chosen: chosen.backward(
+            grad_h,
+            grad_c,
+            grad_h_n,
+            grad_c_n,
+            activations,
+            c,
+            weight_hh,
+            c0,
+            weight_hr,
+            batch_sizes,
+            reverse,
+        ),
+    )
+    whole = activations.new_empty(0) if grads.h is None else grads.h
+    return grads.gates, grads.h0, grads.c0, whole
+
+
+@lstm_backward.register_fake
+def _(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    activations: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features = weight_hh.shape[1]
+    whole = (0,) if weight_hr is None else (*activations.shape[:-1], features)
+    return (
+        activations.new_empty(activations.shape),
+        activations.new_empty((c0.shape[0], features)),
+        activations.new_empty(c0.shape),
+        activations.new_empty(whole),
+    )
+
+
+# vmap: a mapped dimension of the activations becomes part of the batch, innermost, so that packed
+# rows stay sorted by length. Mapped weights are different recurrences: they run one after another.
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """[..., B, F] with a mapped dimension, or none yet, to [..., B·V, F]."""
+    if tensor is None:
+        return None
+    if dim is None:
+        mapped = tensor.unsqueeze(-2).expand(*tensor.shape[:-1], size, tensor.shape[-1])
+    else:
+        mapped = tensor.movedim(dim, -2)
+    return mapped.flatten(-3, -2)
+
+
+def _unfold(tensor: Tensor, size: int) -> Tensor:
+    """[..., B·V, F] to [..., B, V, F]."""
+    *leading, rows, features = tensor.shape
+    return tensor.reshape(*leading, rows // size, size, features)
+
+
+def _vmap_rule(
+    operator: Callable[..., tuple[Tensor, ...]],
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    args: tuple[Any, ...],
+    weights: tuple[int, ...],
+    batch_sizes: int,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Fold, run and unfold; `weights` and `batch_sizes` are positions among the arguments."""
+    size = info.batch_size
+    if in_dims[batch_sizes] is not None:
+        raise NotImplementedError(
+            "vmap over batch_sizes: packed sequences must share their lengths"
+        )
+    if any(in_dims[k] is not None for k in weights):
+        results = [
+            operator(
+                *(
+                    arg if dim is None else arg.select(dim, v)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for v in range(size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(
+            results[0]
+        )
+    folded = list(args)
+    for k, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
+        if k in weights:
+            continue
+        if k == batch_sizes:
+            folded[k] = None if arg is None else arg * size
+        elif arg is None or isinstance(arg, Tensor):
+            folded[k] = _fold(arg, dim, size)
+    outputs = operator(*folded)
+    # What was not saved is empty, and the same for all.
+    return (
+        tuple(out if out.dim() == 1 else _unfold(out, size) for out in outputs),
+        tuple(None if out.dim() == 1 else out.dim() - 1 for out in outputs),
+    )
+
+
+@lstm_forward.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    return _vmap_rule(lstm_forward, info, in_dims, args, weights=(1, 4), batch_sizes=5)
+
+
+@lstm_backward.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    return _vmap_rule(lstm_backward, info, in_dims, args, weights=(6, 8), batch_sizes=9)
