@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ _MULTIPROCESSORS = {
 }
 
 
-@dataclass(frozen=True)
-class DeviceDescription:
+class DeviceDescription(NamedTuple):
     """A device, real or described.
 
     Attributes:
@@ -63,14 +62,13 @@ def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDes
     Raises:
         ValueError: for a name that is neither.
     """
+    if isinstance(device, torch.device):
+        if device.type == "cuda" and device.index is None:
+            # The current one: not for the cache.
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _describe_torch_device(device)
     if isinstance(device, DeviceDescription):
         return device
-    if isinstance(device, torch.device):
-        # An index may be missing: torch.device("cuda") means the current one.
-        index = device.index
-        if device.type == "cuda" and index is None:
-            index = torch.cuda.current_device()
-        return _describe_torch_device(device.type, index)
     if re.fullmatch(r"sm_\d+[af]?|gfx[0-9a-f]+", device):
         arch = device.rstrip("af") if device.startswith("sm_") else device
         return DeviceDescription(
@@ -90,10 +88,10 @@ def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDes
 
 
 @functools.cache
-def _describe_torch_device(kind: str, index: int | None) -> DeviceDescription:
-    if kind != "cuda":
-        return DeviceDescription(kind, name="CPU" if kind == "cpu" else kind)
-    properties = torch.cuda.get_device_properties(index)
+def _describe_torch_device(device: torch.device) -> DeviceDescription:
+    if device.type != "cuda":
+        return DeviceDescription(device.type, name="CPU" if device.type == "cpu" else device.type)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
         shared = _SHARED_MEMORY.get(arch, 64 << 10)

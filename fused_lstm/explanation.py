@@ -122,7 +122,7 @@ def _problem(
         hidden_size=module.hidden_size,
         proj_size=module.proj_size if isinstance(module, nn.LSTM) else 0,
         packed=packed,
-        training=torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()),
+        training=torch.is_grad_enabled(),
         whole_layers=True,
     )
 

@@ -111,7 +111,7 @@ def lstm(
 
 def input_dtype(input: Tensor, device_type: str) -> torch.dtype:
     """Dtype in which the layers compute: the input's, or the one autocast chooses."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return input.dtype
 
@@ -139,8 +139,7 @@ def layers_problem(
         hidden_size=hidden_size,
         proj_size=0 if features == hidden_size else features,
         packed=batch_sizes is not None,
-        training=torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in (input, *hx, *weights)),
+        training=torch.is_grad_enabled(),
         autocast=dtype != input.dtype,
         whole_layers=True,
         transform=transform,

@@ -196,10 +196,13 @@ class LSTM(nn.LSTM):
     def _zero_state(self, input: Tensor, batch: int | Tensor) -> HiddenState:
         """Zeros for h_0 and c_0, in the dtype and on the device of the input."""
         states = self.num_layers * (2 if self.bidirectional else 1)
-        h_0, c_0 = (
-            torch.zeros(states, batch, size, dtype=input.dtype, device=input.device)  # type: ignore[arg-type]
-            for size in (self.proj_size or self.hidden_size, self.hidden_size)
-        )
+        size, dtype, device = self.hidden_size, input.dtype, input.device
+        c_0 = torch.zeros(states, batch, size, dtype=dtype, device=device)  # type: ignore[arg-type]
+        if not self.proj_size:
+            # Nothing writes into it: the two may be one.
+            return c_0, c_0
+        size = self.proj_size
+        h_0 = torch.zeros(states, batch, size, dtype=dtype, device=device)  # type: ignore[arg-type]
         return h_0, c_0
 
     def _as_fx_call(self, input: torch.fx.Proxy, hx: Any) -> Any:

@@ -55,7 +55,7 @@ def recurrence_problem(
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from rounding the sums of code that has chosen its dtypes itself."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

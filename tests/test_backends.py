@@ -174,7 +174,13 @@ def test_explain_on_a_cpu() -> None:
         "LSTM(3, 4, num_layers=2) on CPU: input of 7 steps × 2 sequences, float32, training" in text
     )
     assert "-> aten" in text
-    assert "cannot run it: Triton compiles for GPUs" in text
+    assert "not needed: plain PyTorch" in text
+
+
+def test_a_cpu_without_the_interpreter_has_no_kernel(monkeypatch, clean_choices) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = explain(fused_lstm.LSTM(3, 4), device="cpu").reasons["triton"]
+    assert reason == "cannot run it: Triton compiles for GPUs, not for a cpu device"
 
 
 @pytest.mark.parametrize(("hidden_size", "kernel"), [(64, "sequence"), (1024, "step")])

@@ -24,7 +24,7 @@ class Problem(NamedTuple):
         hidden_size: H.
         proj_size: P, or 0 without a projection.
         packed: whether the rows are packed (`batch_sizes`).
-        training: whether a gradient will be asked for.
+        training: whether a gradient may be asked for (grad mode).
         autocast: whether autocast chose the dtype.
         whole_layers: True for a stack of layers with its input projections, False for one
             recurrence.

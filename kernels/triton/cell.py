@@ -5,11 +5,8 @@ All tiles are float32 [BLOCK_B, BLOCK_H]; gate order i, f, g, o.
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-from .elementwise import sigmoid, tanh
-
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from .elementwise import INTERPRETED, round_to, sigmoid, tanh
 
 
 @triton.jit
@@ -79,7 +76,7 @@ def load_gate_tiles(pointers, H, mask):
 def store_gate_tiles(pointers, H, i, f, g, o, mask):
     """Stores i, f, g, o tiles into gate-major rows, rounded to the element type there."""
     dtype = pointers.dtype.element_ty
-    tl.store(pointers, i.to(dtype), mask=mask)
-    tl.store(pointers + H, f.to(dtype), mask=mask)
-    tl.store(pointers + 2 * H, g.to(dtype), mask=mask)
-    tl.store(pointers + 3 * H, o.to(dtype), mask=mask)
+    tl.store(pointers, round_to(i, dtype), mask=mask)
+    tl.store(pointers + H, round_to(f, dtype), mask=mask)
+    tl.store(pointers + 2 * H, round_to(g, dtype), mask=mask)
+    tl.store(pointers + 3 * H, round_to(o, dtype), mask=mask)

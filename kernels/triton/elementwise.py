@@ -7,6 +7,9 @@ overflows, passes NaN on, and reaches its limits at +-inf.
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # What float32 loses of log2(e), so that the product with it can be carried in two parts.
@@ -58,3 +61,14 @@ def tanh(x):
     series = square * series - 0.33333298002043354
     near = x + x * (square * series)
     return tl.where(magnitude < 0.6, near, far)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """A float32 tile in `dtype`, rounded to the nearest value, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        # A GPU rounds; the interpreter cuts the lower bits off, so they are rounded here first.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, (bits + 32767 + ((bits >> 16) & 1)) & -65536, bits)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)

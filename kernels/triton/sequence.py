@@ -10,6 +10,7 @@ from .cell import (
     lstm_cell_forward,
     store_gate_tiles,
 )
+from .elementwise import round_to
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def lstm_forward_sequence_kernel(
             row_2 = row_1 + n_1
             t_2 = t_1 + 1
         i, f, g, o, c_new, h_new = lstm_cell_forward(a_i, a_f, a_g, a_o, c)
-        h_new = h_new.to(dtype)
+        h_new = round_to(h_new, dtype)
         tl.store(h_tile + row * H, h_new, mask=active)
         if SAVE_CELLS:
             tl.store(c_tile + row * H, c_new, mask=active)
@@ -212,7 +213,7 @@ def lstm_forward_sequence_kernel(
 
     final = rows_64 * H + columns
     tl.store(h_n_ptr + final, h, mask=in_state)
-    tl.store(c_n_ptr + final, c.to(dtype), mask=in_state)
+    tl.store(c_n_ptr + final, round_to(c, dtype), mask=in_state)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
@@ -407,10 +408,10 @@ def lstm_backward_sequence_kernel(
                 start = row_1 * grad_c_stride_b
             grad_c = tl.load(grad_c_tile + start, mask=active_1, other=0.0)
 
-        da_i = da_i.to(dtype)
-        da_f = da_f.to(dtype)
-        da_g = da_g.to(dtype)
-        da_o = da_o.to(dtype)
+        da_i = round_to(da_i, dtype)
+        da_f = round_to(da_f, dtype)
+        da_g = round_to(da_g, dtype)
+        da_o = round_to(da_o, dtype)
         store_gate_tiles(dgates_tile + row * (4 * H), H, da_i, da_f, da_g, da_o, active)
 
         dh_t = dot(da_i, w_i, tl.zeros([BLOCK_B, BLOCK_H], tl.float32), INPUT_PRECISION)
@@ -434,5 +435,5 @@ def lstm_backward_sequence_kernel(
         active = active_1
 
     first = rows_64 * H + columns
-    tl.store(dh0_ptr + first, dh.to(dtype), mask=in_state)
-    tl.store(dc0_ptr + first, dc.to(dtype), mask=in_state)
+    tl.store(dh0_ptr + first, round_to(dh, dtype), mask=in_state)
+    tl.store(dc0_ptr + first, round_to(dc, dtype), mask=in_state)

@@ -10,6 +10,7 @@ from .cell import (
     lstm_cell_forward,
     store_gate_tiles,
 )
+from .elementwise import round_to
 
 
 @triton.jit(do_not_specialize=["t", "row", "row_prev", "n", "n_prev", "n_next"])
@@ -124,7 +125,7 @@ def lstm_forward_step_kernel(
         a_o + gates_o.to(tl.float32),
         c_prev,
     )
-    h = h.to(dtype)
+    h = round_to(h, dtype)
     tl.store(h_ptr + (rows_64 + row) * H + columns, h, mask=active)
     tl.store(c_state, c, mask=active)
     if SAVE_CELLS:
@@ -134,7 +135,7 @@ def lstm_forward_step_kernel(
         store_gate_tiles(tile, H, i, f, g, o, active)
     ends = active & (rows >= n_next)
     tl.store(h_n_ptr + rows_64 * H + columns, h, mask=ends)
-    tl.store(c_n_ptr + rows_64 * H + columns, c.to(dtype), mask=ends)
+    tl.store(c_n_ptr + rows_64 * H + columns, round_to(c, dtype), mask=ends)
 
 
 @triton.jit(do_not_specialize=["t", "row", "row_prev", "row_next", "n", "n_prev", "n_next"])
@@ -233,7 +234,7 @@ def lstm_backward_step_kernel(
 
     if ONLY_GRAD_H0:
         begins = (rows >= n) & (rows < n_next) & in_columns
-        tl.store(dh0_ptr + rows_64 * H + columns, product.to(dtype), mask=begins)
+        tl.store(dh0_ptr + rows_64 * H + columns, round_to(product, dtype), mask=begins)
     else:
         tile = activations_ptr + (rows_64 + row) * (4 * H) + columns
         i, f, g, o = load_gate_tiles(tile, H, active)

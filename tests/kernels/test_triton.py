@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from fused_lstm.kernels.triton import elementwise, lstm_backward, lstm_forward
 
+from ..budget import assert_within_budget
+
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 SCOPES = ["sequence", "step"]
@@ -80,7 +82,7 @@ NAMES = ["h", "c", "h_n", "c_n", "dgates", "dh0", "dc0"]
 
 
 @pytest.fixture
-def check(assert_within_budget):
+def check():
     def run(inputs, grads, batch_sizes=None, reverse=False, **options):
         dtype = inputs[0].dtype
         actual = ours(inputs, grads, batch_sizes, reverse, **options)
@@ -148,7 +150,7 @@ def test_packed_gradients(check, device, scope, given):
 
 
 @scopes
-def test_tf32(check, device, scope, assert_within_budget):
+def test_tf32(check, device, scope):
     inputs, grads = make_inputs(3, 3, 20, torch.float32, device)
     if device.type == "cpu":
         # The interpreter multiplies in float32 whatever the precision asked for.
@@ -212,7 +214,7 @@ def test_what_is_not_saved_is_empty(device, scope, save_activations, save_cells)
 
 
 @scopes
-def test_activations(assert_within_budget, device, scope):
+def test_activations(device, scope):
     inputs, _ = make_inputs(1, 3, 5, torch.float32, device)
     *_, activations, _, _ = lstm_forward(*inputs, scope=scope)
 
@@ -331,3 +333,21 @@ def test_activation_functions_at_the_edges(device):
     assert sigmoid.isnan().tolist() == tanh.isnan().tolist() == x.isnan().tolist()
     assert sigmoid.tolist()[4:] == [1, 0, 1, 0]
     assert tanh.tolist()[4:] == [1, -1, 1, -1]
+
+
+@dtypes
+def test_rounding(dtype, device):
+    """To nearest, ties to even, also where the interpreter's own conversion would cut off."""
+
+    @triton.jit
+    def kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+        offsets = tl.arange(0, BLOCK)
+        y = elementwise.round_to(tl.load(x_ptr + offsets), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offsets, y)
+
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1 + 2**-8, 3e38])
+    ties = 1 + torch.arange(64) * 2**-9
+    x = torch.cat([special, ties, torch.randn(512 - 64 - len(special))]).to(device)
+    y = torch.empty(512, dtype=dtype, device=device)
+    kernel[(1,)](x, y, 512)
+    torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
