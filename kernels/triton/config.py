@@ -75,7 +75,9 @@ class ShippedConfig:
     config: LaunchConfig
 
 
-def sequence_config(direction: Direction, math: str, block_h: int, amd: bool) -> LaunchConfig:
+def sequence_config(
+    direction: Direction, math: str, block_h: int, amd: bool, aligned: bool
+) -> LaunchConfig:
     """The sequence kernel's configuration for H up to `block_h`."""
     # 16 batch rows are what one tensor-core instruction takes. Warps divide the hidden units,
     # so that each holds its share of W_hh in registers.
@@ -88,17 +90,22 @@ def sequence_config(direction: Direction, math: str, block_h: int, amd: bool) ->
         # All four gates' parts would take 128 of a thread's 255 registers: too many.
         in_registers = 2 if direction == "forward" else 3
         return LaunchConfig("sequence", 16, block_h, 0, 8, 1, in_registers)
-    return LaunchConfig("sequence", 16, block_h, 0, 8 if block_h == 64 else 4, 1, 4)
+    # Twice the warps for 64 units, but where the compiler then stops at 128 registers and spills.
+    stops = direction == "forward" and math == "16-bit" and aligned
+    return LaunchConfig("sequence", 16, block_h, 0, 8 if block_h == 64 and not stops else 4, 1, 4)
 
 
-def step_config(math: str, block_b: int, amd: bool) -> LaunchConfig:
+def step_config(math: str, block_b: int, amd: bool, aligned: bool) -> LaunchConfig:
     """The step kernel's configuration for tiles of `block_b` batch rows."""
     # A small batch has few tiles: narrow ones spread W_hh over more of the GPU.
     block_h = 16 if block_b == 16 else 32
     block_k = (128 if block_b == 16 else 64) // (1 if math == "16-bit" else 2)
     if math == "ieee" and not amd:
         # Without tensor cores a tile's operands pass through registers: half as many.
-        block_h = 16
+        block_h, block_k = 16, 32
+    if math == "16-bit" and not aligned:
+        # Addresses of single elements take more registers.
+        block_k = 64
     num_warps = 4 if amd or block_b == 16 else 8
     return LaunchConfig("step", block_b, block_h, block_k, num_warps, 2 if amd else 3)
 
@@ -171,7 +178,7 @@ def select_launch_config(
     blocks = sequence_blocks(math, arch, aligned)
     for block_h in blocks:
         if hidden <= block_h and scope != "step":
-            return sequence_config(direction, math, block_h, amd)
+            return sequence_config(direction, math, block_h, amd, aligned)
     if scope == "sequence":
         largest = blocks[-1]
         need = 4 * hidden * hidden * dtype.itemsize
@@ -184,7 +191,7 @@ def select_launch_config(
         )
     blocks = step_blocks(aligned)
     block_b = next((block for block in blocks if batch <= block), blocks[-1])
-    return step_config(math, block_b, amd)
+    return step_config(math, block_b, amd, aligned)
 
 
 def shipped_configs(arch: str) -> Iterator[ShippedConfig]:
@@ -194,8 +201,8 @@ def shipped_configs(arch: str) -> Iterator[ShippedConfig]:
         for input_precision in INPUT_PRECISIONS if dtype == torch.float32 else ("ieee",):
             math = math_of(dtype, input_precision)
             for block_h in sequence_blocks(math, arch, aligned):
-                config = sequence_config(direction, math, block_h, amd)
+                config = sequence_config(direction, math, block_h, amd, aligned)
                 yield ShippedConfig(direction, dtype, input_precision, arch, aligned, config)
             for block_b in step_blocks(aligned):
-                config = step_config(math, block_b, amd)
+                config = step_config(math, block_b, amd, aligned)
                 yield ShippedConfig(direction, dtype, input_precision, arch, aligned, config)
