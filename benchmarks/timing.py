@@ -1,0 +1,200 @@
+"""How time is taken: one call at a time, the contenders in turns, medians and percentiles."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Key = TypeVar("Key")
+# Takes the number of the set of inputs to run on.
+Call = Callable[[int], Any]
+
+MIN_REPETITIONS = 5
+MAX_REPETITIONS = 1000
+# Calls of each contender before time is taken, besides the one that was checked.
+WARM_UP = 2
+# Inputs are rotated over this many sets at most.
+MAX_SETS = 4
+
+# GPU cycles of waiting, some 50 µs, in which the host can put a graph into the queue.
+_HEAD_START_CYCLES = 100_000
+_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass
+class Samples:
+    """Times of one contender, in seconds; entry k is from round k.
+
+    Attributes:
+        seconds: from the start of a call to the end of its work.
+        host: until the call returned to the program; empty on a CPU, where it is the same.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """20th, 50th and 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def percentiles(values: list[float]) -> Percentiles:
+    """Summarise at least two values."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Percentiles(deciles[1], statistics.median(values), deciles[7])
+
+
+def take_sample(call: Call, index: int, device: torch.device, queued: bool, into: Samples) -> None:
+    """Time one call, which starts on an idle device.
+
+    Args:
+        call: what to time.
+        index: the set of inputs.
+        device: where it runs.
+        queued: on a GPU, start the clock when the host has had time to put the work into the
+            queue, so that the device's time alone is taken (for graphs).
+        into: where the times are added.
+    """
+    if device.type == "cpu":
+        start = time.perf_counter()
+        result = call(index)
+        into.seconds.append(time.perf_counter() - start)
+        del result  # Freed outside of the timed region.
+        return
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    if queued:
+        torch.cuda._sleep(_HEAD_START_CYCLES)
+    begin.record()
+    start = time.perf_counter()
+    result = call(index)
+    host = time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    del result
+    into.host.append(host)
+    into.seconds.append(begin.elapsed_time(end) / 1e3)
+
+
+def time_in_turns(
+    calls: Mapping[Key, Call],
+    device: torch.device,
+    seconds: float,
+    *,
+    sets: int = 1,
+    queued: Callable[[Key], bool] = lambda key: False,
+) -> dict[Key, Samples]:
+    """Time several contenders in turns (A B, B A, A B, ...), so that drift meets all alike.
+
+    Args:
+        calls: the contenders.
+        device: where they run.
+        seconds: time to spend; every contender has at least MIN_REPETITIONS samples.
+        sets: number of sets of inputs to rotate over.
+        queued: for each contender, as for `take_sample`.
+    """
+    samples = {key: Samples() for key in calls}
+    for index in range(WARM_UP):
+        for key, call in calls.items():
+            take_sample(call, index % sets, device, queued(key), Samples())
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        turn = 0
+        while turn < MIN_REPETITIONS or (
+            turn < MAX_REPETITIONS and time.perf_counter() - start < seconds
+        ):
+            for key in calls if turn % 2 == 0 else reversed(calls):
+                take_sample(calls[key], turn % sets, device, queued(key), samples[key])
+            turn += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def ratio_of_pairs(first: list[float], second: list[float]) -> float:
+    """Median over the rounds of the ratio of the two times of a round."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def sets_to_rotate(bytes_of_a_set: int, device: torch.device) -> int:
+    """How many sets of inputs exceed the GPU's L2 cache together, within reason; 1 on a CPU."""
+    if device.type == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(2, cache // bytes_of_a_set + 1), MAX_SETS)
+
+
+def capture(call: Call, sets: int) -> Call:
+    """Capture a call in CUDA graphs, one for each set of inputs.
+
+    The capture follows torch's recipe: a first run on a side stream, then the capture. The graphs
+    share their memory, but for the results, which stay where they are from replay to replay.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(0)
+    torch.cuda.current_stream().wait_stream(side)
+    pool = torch.cuda.graph_pool_handle()
+    graphs: list[torch.cuda.CUDAGraph] = []
+    results: list[tuple[Tensor, ...]] = []
+    for index in range(sets):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = call(index)
+        graphs.append(graph)
+        # Without the autograd graph, whose nodes would tie later calls to the capture's stream.
+        results.append(tuple(tensor.detach() for tensor in result))
+        del result
+
+    def replay(index: int) -> tuple[Tensor, ...]:
+        graphs[index].replay()
+        return results[index]
+
+    return replay
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Bytes of GPU memory that a call needs beyond what was allocated before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call(0)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def gemm_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Measure a large square matrix product, the limit of all layers: the best of several runs.
+
+    In float32 on a GPU the product may use TF32, as cuDNN's recurrent layers do.
+    """
+    size = _GEMM_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    before = torch.backends.cuda.matmul.fp32_precision
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.no_grad():
+            calls = {"gemm": lambda index: torch.mm(left, right, out=out)}
+            times = time_in_turns(calls, device, 0.05)["gemm"].seconds
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    return 2 * size**3 / min(times)

@@ -1,0 +1,280 @@
+"""python -m benchmarks.compare: a wrong layer is not timed, and records are complete."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import nn
+
+import fused_lstm
+from benchmarks import cases, compare, records, timing
+from benchmarks.cases import Case, Provider, Shape
+from benchmarks.records import Environment, Result
+
+TINY = ["--shape", "3,2,4,5", "--seconds", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def _small_and_repeatable(monkeypatch):
+    monkeypatch.setitem(timing._GEMM_SIZE, "cpu", 64)
+    threads = torch.get_num_threads()
+    # Threads of several test processes wait for one another.
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read_records(folder):
+    """Map file names to contents, from the one device folder in `folder`."""
+    (device,) = folder.iterdir()
+    return {path.name: json.loads(path.read_text()) for path in device.iterdir()}
+
+
+class OffByOnePercent(fused_lstm.LSTM):
+    def forward(self, input, hx=None):
+        output, states = super().forward(input, hx)
+        return output * 1.01, states
+
+
+class FallsBack(fused_lstm.LSTM):
+    def forward(self, input, hx=None):
+        warnings.warn("no such kernel", fused_lstm.KernelFallbackWarning, stacklevel=2)
+        return super().forward(input, hx)
+
+
+def with_ours(monkeypatch, layer):
+    providers = [Provider("torch", nn.LSTM), Provider("fused_lstm", layer)]
+    monkeypatch.setattr(cases, "list_providers", lambda backends: providers)
+
+
+def test_records_of_a_tiny_case_are_complete(tmp_path, capsys) -> None:
+    backends = ["--backend", "default", "--backend", "reference"]
+    assert compare.main([*TINY, "--out", str(tmp_path), "--threads", "1", *backends]) == 0
+    printed = capsys.readouterr().out
+    assert "t3-b2-i4-h5-float32" in printed
+    assert "fused_lstm[reference]" in printed
+
+    contents = read_records(tmp_path)
+    assert set(contents) == {"run.json", "t3-b2-i4-h5-float32.json"}
+    run, record = contents["run.json"], contents["t3-b2-i4-h5-float32.json"]
+    assert run["cases"] == ["t3-b2-i4-h5-float32"]
+    assert run["not_run"] == {}
+    assert record["case"]["dtype"] == "float32"
+    assert [record["case"][size] for size in "TBIH"] == [3, 2, 4, 5]
+    assert record["gemm_flops_per_second"] > 0
+    assert set(record["environment"]) == {field.name for field in fields(Environment)}
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["threads"] == 1
+
+    results = record["results"]
+    assert [(r["provider"], r["mode"]) for r in results] == [
+        (provider, mode)
+        for mode in cases.MODES
+        for provider in ("torch", "fused_lstm", "fused_lstm[reference]")
+    ]
+    for result in results:
+        assert set(result) == {field.name for field in fields(Result)}
+        assert result["status"] == "timed", result["detail"]
+        assert result["repetitions"] >= timing.MIN_REPETITIONS
+        times = result["seconds"]
+        assert 0 < times["p20"] <= times["p50"] <= times["p80"]
+        assert result["flops_per_second"] == pytest.approx(result["flops"] / times["p50"])
+        assert result["backend"]
+        assert result["reason"]
+        assert result["error_over_budget"] <= 1
+        expected = 3 if result["mode"] == "inference" else 3 + 3 + 4
+        assert len(result["errors"]) == expected
+    assert results[0]["ratio"] == results[0]["ratio_of_pairs"] == 1
+    torch_seconds, our_seconds = (results[k]["seconds"]["p50"] for k in (0, 1))
+    assert results[1]["ratio"] == pytest.approx(torch_seconds / our_seconds)
+
+
+def test_a_second_run_overwrites_the_same_files(tmp_path) -> None:
+    shape = Shape(2, 3, 4, 5, num_layers=2, bidirectional=True, batch_first=True)
+    for _ in range(2):
+        status = compare.run(
+            [Case(shape, "bfloat16")],
+            cases.list_providers(["default"]),
+            torch.device("cpu"),
+            tmp_path,
+            seconds=0.01,
+            budget=60,
+        )
+        assert status == 0
+    name = "t2-b3-i4-h5-l2-bi-bf-bfloat16.json"
+    assert set(read_records(tmp_path)) == {"run.json", name}
+
+
+def test_a_wrong_layer_is_recorded_and_not_timed(tmp_path, monkeypatch, capsys) -> None:
+    with_ours(monkeypatch, OffByOnePercent)
+    assert compare.main([*TINY, "--out", str(tmp_path)]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    contents = read_records(tmp_path)
+    assert len(contents["run.json"]["wrong"]) == len(cases.MODES)
+    ours = [r for r in contents["t3-b2-i4-h5-float32.json"]["results"] if r["provider"] != "torch"]
+    for result in ours:
+        assert result["status"] == "wrong"
+        assert result["seconds"] is result["ratio"] is None
+        assert result["error_over_budget"] > 1
+        assert result["errors"]["output"]["error"] > result["errors"]["output"]["budget"]
+    assert ours[0]["detail"].startswith("output: an error of")
+
+
+def test_nan_is_wrong(tmp_path, monkeypatch) -> None:
+    class NotANumber(fused_lstm.LSTM):
+        def forward(self, input, hx=None):
+            output, (h_n, c_n) = super().forward(input, hx)
+            return output, (h_n, c_n * math.nan)
+
+    with_ours(monkeypatch, NotANumber)
+    assert compare.main([*TINY, "--out", str(tmp_path)]) == 1
+    result = read_records(tmp_path)["t3-b2-i4-h5-float32.json"]["results"][1]
+    assert (result["status"], result["error_over_budget"]) == ("wrong", "nan")
+
+
+def test_a_kernel_that_falls_back_has_failed(tmp_path, monkeypatch) -> None:
+    with_ours(monkeypatch, FallsBack)
+    assert compare.main([*TINY, "--out", str(tmp_path)]) == 1
+    contents = read_records(tmp_path)
+    result = contents["t3-b2-i4-h5-float32.json"]["results"][1]
+    assert result["status"] == "failed"
+    assert result["detail"] == "KernelFallbackWarning: no such kernel"
+    assert len(contents["run.json"]["failed"]) == len(cases.MODES)
+
+
+def test_what_cannot_run_says_why(tmp_path) -> None:
+    # The kernels have no float64, on any machine.
+    arguments = [*TINY, "--out", str(tmp_path), "--dtype", "float64", "--backend", "triton"]
+    assert compare.main(arguments) == 0
+    result = read_records(tmp_path)["t3-b2-i4-h5-float64.json"]["results"][1]
+    assert result["status"] == "unavailable"
+    assert "float64" in result["detail"]
+
+
+def test_cases_beyond_the_budget_are_listed(tmp_path, capsys) -> None:
+    arguments = [*TINY, "--out", str(tmp_path), "--budget", "1e-9"]
+    assert compare.main(arguments) == 0
+    assert "not run  t3-b2-i4-h5-float32: beyond the budget of 1e-09 s" in capsys.readouterr().out
+    run = read_records(tmp_path)["run.json"]
+    assert run["cases"] == []
+    assert run["not_run"] == {"t3-b2-i4-h5-float32": "beyond the budget of 1e-09 s"}
+
+
+def test_a_case_that_breaks_off_fails_the_run(tmp_path, monkeypatch) -> None:
+    def break_off(*arguments):
+        raise RuntimeError("out of inputs")
+
+    monkeypatch.setattr(compare, "measure", break_off)
+    assert compare.main([*TINY, "--out", str(tmp_path)]) == 1
+    run = read_records(tmp_path)["run.json"]
+    assert run["not_run"] == {"t3-b2-i4-h5-float32": "RuntimeError: out of inputs"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [
+        ("--device", "abacus", "expected cpu, cuda or cuda:N, got 'abacus'"),
+        ("--device", "meta", "expected cpu, cuda or cuda:N, got 'meta'"),
+        ("--seconds", "-1", "expected a positive number, got '-1'"),
+        ("--budget", "nan", "expected a positive number, got 'nan'"),
+        ("--threads", "0", "expected a positive whole number, got '0'"),
+        ("--shape", "1,2,3", "expected four positive whole numbers T,B,I,H, got '1,2,3'"),
+        ("--dtype", "int8", "invalid choice: 'int8'"),
+        ("--backend", "abacus", "invalid choice: 'abacus'"),
+    ],
+)
+def test_bad_arguments_are_named(capsys, argument, value, expected) -> None:
+    with pytest.raises(SystemExit) as stop:
+        compare.main([argument, value])
+    assert stop.value.code == 2
+    assert f"argument {argument}: {expected}" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder_for_records(tmp_path, capsys) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*TINY, "--out", str(file)])
+    assert stop.value.code == 2
+    assert "argument --out: expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--device", "cuda", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "argument --device: expected a device that is there" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_tiny_case_on_a_gpu(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(timing._GEMM_SIZE, "cuda", 512)
+    arguments = ["--shape", "8,4,16,32", "--seconds", "0.01", "--device", "cuda"]
+    assert compare.main([*arguments, "--out", str(tmp_path)]) == 0
+    contents = read_records(tmp_path)
+    for dtype in cases.DEFAULT_DTYPES["cuda"]:
+        results = contents[f"t8-b4-i16-h32-{dtype}.json"]["results"]
+        assert {(r["provider"], r["launch"]) for r in results} == {
+            (provider, launch)
+            for provider in ("torch", "fused_lstm", "fused_lstm[triton]")
+            for launch in ("eager", "graph")
+        }
+        for result in results:
+            assert result["status"] == "timed", result["detail"]
+            assert result["host_seconds"] is not None
+            training_call = (result["mode"], result["launch"]) == ("training", "eager")
+            assert (result["peak_memory_bytes"] is not None) == training_call
+
+
+def test_the_table_needs_no_rich(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    result = Result("fused_lstm", "inference", "eager", 1, "unavailable", "no reason")
+    records.print_table([(Case(Shape(1, 2, 3, 4), "float32"), [result])])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["case", "mode", "launch", "layer"]
+    assert "fused_lstm UNAVAILABLE: no reason" in lines[1]
+
+
+def test_files_are_replaced_whole(tmp_path) -> None:
+    path = tmp_path / "folder" / "record.json"
+    records.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        records.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_operations_are_counted() -> None:
+    case = Case(Shape(2, 3, 4, 5, num_layers=2, bidirectional=True), "float32")
+    # Multiplications and additions of x·W_ihᵀ and h·W_hhᵀ, for both layers.
+    by_hand = sum(2 * 2 * (2 * 3 * 20 * (width + 5)) for width in (4, 10))
+    assert case.flops("inference") == by_hand
+    assert case.flops("training") == 3 * by_hand
+
+
+def test_contenders_take_turns_and_sets_rotate() -> None:
+    order = []
+
+    def call_of(name):
+        return lambda index: order.append((name, index))
+
+    calls = {name: call_of(name) for name in "ab"}
+    samples = timing.time_in_turns(calls, torch.device("cpu"), 1e-9, sets=2)
+    turns = order[2 * timing.WARM_UP :]
+    assert "".join(name for name, _ in turns) == "abbaabbaab"
+    assert [index for _, index in turns[::2]] == [0, 1, 0, 1, 0]
+    assert [len(taken.seconds) for taken in samples.values()] == [5, 5]
+    assert timing.ratio_of_pairs([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_names_of_cases_are_unique(device_type) -> None:
+    names = [case.name for case in cases.list_cases(device_type)]
+    assert len(set(names)) == len(names) >= 13
