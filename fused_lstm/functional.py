@@ -6,7 +6,8 @@ or proj_size), `L` layers, `D` directions, `N` rows of a packed batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,24 @@ from fused_lstm.recurrence import recurrence, transform_under_way
 __all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
 
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def _no_entry_for_compilers(function: Function) -> Function:
+    """Keep `torch.compile` from starting at `function`; it may still go through it.
+
+    The compiler stops at every RNN module (unless `torch._dynamo.config.allow_rnn`), runs it
+    uncompiled, and would begin again at the first plain function below it. Run uncompiled, that
+    function has PyTorch's fused operator to choose from; compiled, it has not.
+    `torch.compiler.disable` would do more: it stops the compiler in a whole program, too.
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    skip = eval_frame._FrameAction.SKIP
+    strategy = eval_frame._FrameExecStrategy(skip, skip)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
 class _DirectionWeights(NamedTuple):
     """Weights of one layer in one direction."""
 
@@ -32,6 +51,7 @@ class _DirectionWeights(NamedTuple):
     hr: Tensor | None
 
 
+@_no_entry_for_compilers
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor],
@@ -282,6 +302,7 @@ def _stack_of_layers(
     return x, torch.stack(h_n), torch.stack(c_n)
 
 
+@_no_entry_for_compilers
 def lstm_cell(
     input: Tensor,
     hx: tuple[Tensor, Tensor],

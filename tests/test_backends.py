@@ -254,3 +254,20 @@ assert "fused_lstm.kernels" not in sys.modules
 """
     environment_without_interpreter = {"PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment_without_interpreter)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_model_runs_the_layer_as_uncompiled_ones_do(monkeypatch, grad: bool) -> None:
+    """The compiler stops at an RNN; what it leaves alone has PyTorch's operator to choose from."""
+    aten = backends.get_backend("aten")
+    calls = []
+    layers = type(aten).layers
+    monkeypatch.setattr(
+        type(aten), "layers", lambda *args, **kwargs: calls.append(1) or layers(*args, **kwargs)
+    )
+    model = nn.Sequential(nn.Linear(3, 3), fused_lstm.LSTM(3, 4))
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(5, 2, 3)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x)[0], model(x)[0])
+    assert len(calls) == 2
