@@ -7,7 +7,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Two workers: the tests are small, and torch is held to one thread in each.
 WORKERS ?= 2
+# The GPU suite's, which share one GPU.
+GPU_WORKERS ?= 4
+# Where the demo draws, and where timings are recorded.
 OUT ?= out
+RESULTS ?= benchmarks/results
 
 .PHONY: help venv demo test lint format bench gpu clean
 
@@ -43,12 +47,17 @@ format: venv
 	$(BIN)/ruff format .
 
 bench: venv
-	$(BIN)/python -m benchmarks.compare --device cpu --out benchmarks/results $(ARGS)
+	$(BIN)/python -m benchmarks.compare --device cpu --out $(RESULTS) $(ARGS)
 
+# Offline, in the Python at hand: nothing is downloaded, its torch and triton are used as they are.
+# The timing runs even where a test failed, and the exit status says so.
 gpu:
+	@$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make gpu: torch ' + torch.__version__ + ' of $(PYTHON) sees no GPU')"
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest $(ARGS)
-	$(PYTHON) -m benchmarks.compare --device cuda --out benchmarks/results
+	@status=0; \
+	$(PYTHON) -m pytest -n $(GPU_WORKERS) $(ARGS) || status=$$?; \
+	$(PYTHON) -m benchmarks.compare --device cuda --out $(RESULTS) || status=$$?; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
