@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_lstm import backends
-from fused_lstm.backends import Problem
+from fused_lstm.backends import BackwardArguments, ForwardArguments, Problem
 from fused_lstm.devices import describe_device
 from fused_lstm.errors import KernelFallbackWarning
 from fused_lstm.reference import state_dtype
@@ -67,7 +67,7 @@ def _run(
     launch: Callable[[backends.Backend], Result],
 ) -> Result:
     """Run `launch` on the chosen backend, and after a failure on the next one, with one warning."""
-    chosen = backends.select_backend(problem, name)
+    chosen = backends.select_backend(problem, backends.requested_name(name))
     for candidate in backends.ORDER[backends.ORDER.index(chosen) :]:
         key = (candidate, direction, problem.dtype, problem.hidden_size)
         support = backends.supports(candidate, problem)
@@ -127,22 +127,10 @@ def lstm_forward(
     problem = recurrence_problem(
         gates, weight_hh, weight_hr, h0.shape[0], batch_sizes is not None, save_activations
     )
-    out = _run(
-        "forward",
-        problem,
-        backends.requested_name(backend),
-        lambda chosen: chosen.forward(
-            gates,
-            weight_hh,
-            h0,
-            c0,
-            weight_hr,
-            batch_sizes,
-            reverse,
-            save_activations,
-            save_cells,
-        ),
+    arguments = ForwardArguments(
+        gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse, save_activations, save_cells
     )
+    out = _run("forward", problem, backend, lambda chosen: chosen.forward(arguments))
     return out.h, out.c, out.activations, out.h_n, out.c_n
 
 
@@ -194,24 +182,20 @@ def lstm_backward(
     problem = recurrence_problem(
         activations, weight_hh, weight_hr, c0.shape[0], batch_sizes is not None, True
     )
-    grads = _run(
-        "backward",
-        problem,
-        backends.requested_name(backend),
-        lambda chosen: chosen.backward(
-            grad_h,
-            grad_c,
-            grad_h_n,
-            grad_c_n,
-            activations,
-            c,
-            weight_hh,
-            c0,
-            weight_hr,
-            batch_sizes,
-            reverse,
-        ),
+    arguments = BackwardArguments(
+        grad_h,
+        grad_c,
+        grad_h_n,
+        grad_c_n,
+        activations,
+        c,
+        weight_hh,
+        c0,
+        weight_hr,
+        batch_sizes,
+        reverse,
     )
+    grads = _run("backward", problem, backend, lambda chosen: chosen.backward(arguments))
     whole = activations.new_empty(0) if grads.h is None else grads.h
     return grads.gates, grads.h0, grads.c0, whole
 

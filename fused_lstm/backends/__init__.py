@@ -13,7 +13,14 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 from fused_lstm.backends.aten import AtenBackend
-from fused_lstm.backends.base import Backend, Problem, RecurrenceGradients, Support
+from fused_lstm.backends.base import (
+    Backend,
+    BackwardArguments,
+    ForwardArguments,
+    Problem,
+    RecurrenceGradients,
+    Support,
+)
 from fused_lstm.backends.reference import ReferenceBackend
 from fused_lstm.backends.triton import TritonBackend
 from fused_lstm.errors import BackendUnavailableError
@@ -21,6 +28,8 @@ from fused_lstm.errors import BackendUnavailableError
 __all__ = [
     "ORDER",
     "Backend",
+    "BackwardArguments",
+    "ForwardArguments",
     "Problem",
     "RecurrenceGradients",
     "Support",

@@ -10,7 +10,14 @@ from torch import Tensor
 from fused_lstm.devices import DeviceDescription
 from fused_lstm.reference import RecurrenceForward
 
-__all__ = ["Backend", "Problem", "RecurrenceGradients", "Support"]
+__all__ = [
+    "Backend",
+    "BackwardArguments",
+    "ForwardArguments",
+    "Problem",
+    "RecurrenceGradients",
+    "Support",
+]
 
 
 class Problem(NamedTuple):
@@ -60,6 +67,62 @@ class Support(NamedTuple):
     default: bool = True
 
 
+class ForwardArguments(NamedTuple):
+    """One recurrence to compute.
+
+    Attributes:
+        gates: [T, B, 4H] or packed rows [N, 4H], any strides.
+        weight_hh: [4H, P].
+        h0: [B, P].
+        c0: [B, H].
+        weight_hr: [P, H], or None for P = H.
+        batch_sizes: [T] int64 on the CPU for packed rows, else None.
+        reverse: whether time runs from T-1 to 0.
+        save_activations: whether the activated gates are wanted.
+        save_cells: whether the cell states are wanted.
+    """
+
+    gates: Tensor
+    weight_hh: Tensor
+    h0: Tensor
+    c0: Tensor
+    weight_hr: Tensor | None
+    batch_sizes: Tensor | None
+    reverse: bool
+    save_activations: bool
+    save_cells: bool
+
+
+class BackwardArguments(NamedTuple):
+    """One recurrence to differentiate.
+
+    Attributes:
+        grad_h: like h, any strides, or None for zeros; so for the other gradients.
+        grad_c: like c.
+        grad_h_n: [B, P].
+        grad_c_n: [B, H].
+        activations: what the forward pass saved.
+        c: likewise.
+        weight_hh: as in the forward pass, and so for what follows.
+        c0: [B, H].
+        weight_hr: [P, H] or None.
+        batch_sizes: [T] or None.
+        reverse: whether time ran from T-1 to 0.
+    """
+
+    grad_h: Tensor | None
+    grad_c: Tensor | None
+    grad_h_n: Tensor | None
+    grad_c_n: Tensor | None
+    activations: Tensor
+    c: Tensor
+    weight_hh: Tensor
+    c0: Tensor
+    weight_hr: Tensor | None
+    batch_sizes: Tensor | None
+    reverse: bool
+
+
 class RecurrenceGradients(NamedTuple):
     """Gradients of one recurrence.
 
@@ -85,34 +148,10 @@ class Backend:
         """Say whether this backend can run `problem`, and why or how."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        gates: Tensor,
-        weight_hh: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        weight_hr: Tensor | None,
-        batch_sizes: Tensor | None,
-        reverse: bool,
-        save_activations: bool,
-        save_cells: bool,
-    ) -> RecurrenceForward:
+    def forward(self, arguments: ForwardArguments) -> RecurrenceForward:
         """Compute the recurrence; what is not to be saved comes back as an empty tensor."""
         raise NotImplementedError
 
-    def backward(
-        self,
-        grad_h: Tensor | None,
-        grad_c: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        activations: Tensor,
-        c: Tensor,
-        weight_hh: Tensor,
-        c0: Tensor,
-        weight_hr: Tensor | None,
-        batch_sizes: Tensor | None,
-        reverse: bool,
-    ) -> RecurrenceGradients:
+    def backward(self, arguments: BackwardArguments) -> RecurrenceGradients:
         """Compute the recurrence's gradients; see `reference.recurrence_backward`."""
         raise NotImplementedError

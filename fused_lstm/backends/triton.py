@@ -6,10 +6,16 @@ import importlib.util
 import os
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from fused_lstm.backends.base import Backend, Problem, RecurrenceGradients, Support
+from fused_lstm.backends.base import (
+    Backend,
+    BackwardArguments,
+    ForwardArguments,
+    Problem,
+    RecurrenceGradients,
+    Support,
+)
 from fused_lstm.reference import RecurrenceForward
 
 __all__ = ["TritonBackend"]
@@ -55,63 +61,24 @@ class TritonBackend(Backend):
         return Support(True, _plan(problem))
 
     @override
-    def forward(
-        self,
-        gates: Tensor,
-        weight_hh: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        weight_hr: Tensor | None,
-        batch_sizes: Tensor | None,
-        reverse: bool,
-        save_activations: bool,
-        save_cells: bool,
-    ) -> RecurrenceForward:
+    def forward(self, arguments: ForwardArguments) -> RecurrenceForward:
         from fused_lstm.kernels import triton as kernels
 
+        options = arguments._asdict()
+        # `supports` refuses problems with a projection.
+        del options["weight_hr"]
         return RecurrenceForward(
-            *kernels.lstm_forward(
-                gates,
-                weight_hh,
-                h0,
-                c0,
-                batch_sizes=batch_sizes,
-                reverse=reverse,
-                save_activations=save_activations,
-                save_cells=save_cells,
-                input_precision=_input_precision(),
-            )
+            *kernels.lstm_forward(**options, input_precision=_input_precision())
         )
 
     @override
-    def backward(
-        self,
-        grad_h: Tensor | None,
-        grad_c: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        activations: Tensor,
-        c: Tensor,
-        weight_hh: Tensor,
-        c0: Tensor,
-        weight_hr: Tensor | None,
-        batch_sizes: Tensor | None,
-        reverse: bool,
-    ) -> RecurrenceGradients:
+    def backward(self, arguments: BackwardArguments) -> RecurrenceGradients:
         from fused_lstm.kernels import triton as kernels
 
+        options = arguments._asdict()
+        del options["weight_hr"]
         grad_gates, grad_h0, grad_c0 = kernels.lstm_backward(
-            grad_h,
-            grad_c,
-            grad_h_n,
-            grad_c_n,
-            activations,
-            c,
-            weight_hh,
-            c0,
-            batch_sizes=batch_sizes,
-            reverse=reverse,
-            input_precision=_input_precision(),
+            **options, input_precision=_input_precision()
         )
         return RecurrenceGradients(grad_gates, grad_h0, grad_c0, None)
 
