@@ -10,26 +10,6 @@ import torch
 
 __all__ = ["DeviceDescription", "describe_device"]
 
-# Shared memory that one thread block can use, in bytes, by NVIDIA compute capability (CUDA C++
-# Programming Guide, "Technical Specifications per Compute Capability") and for AMD CDNA 3.
-_SHARED_MEMORY = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
-}
-_MULTIPROCESSORS = {
-    "sm_80": 108,
-    "sm_86": 84,
-    "sm_89": 142,
-    "sm_90": 132,
-    "sm_100": 148,
-    "gfx942": 304,
-}
-
 
 class DeviceDescription(NamedTuple):
     """A device, real or described.
@@ -38,15 +18,11 @@ class DeviceDescription(NamedTuple):
         type: torch's device type: "cpu", "cuda" (NVIDIA and AMD GPUs), "meta", ...
         arch: instruction set of a GPU, such as "sm_90" or "gfx942"; empty for other devices.
         name: what to call it in print.
-        shared_memory: bytes of shared memory one thread block can use; 0 where there is none.
-        multiprocessors: number of streaming multiprocessors or compute units; 0 where none.
     """
 
     type: str
     arch: str = ""
     name: str = ""
-    shared_memory: int = 0
-    multiprocessors: int = 0
 
     def __str__(self) -> str:
         return self.name or self.arch or self.type
@@ -69,18 +45,12 @@ def describe_device(device: str | torch.device | DeviceDescription) -> DeviceDes
         return _describe_torch_device(device)
     if isinstance(device, DeviceDescription):
         return device
-    if re.fullmatch(r"sm_\d+[af]?|gfx[0-9a-f]+", device):
+    if isinstance(device, str) and re.fullmatch(r"sm_\d+[af]?|gfx[0-9a-f]+", device):
         arch = device.rstrip("af") if device.startswith("sm_") else device
-        return DeviceDescription(
-            "cuda",
-            arch,
-            f"{device} GPU",
-            _SHARED_MEMORY.get(arch, 48 << 10),
-            _MULTIPROCESSORS.get(arch, 1),
-        )
+        return DeviceDescription("cuda", arch, f"{device} GPU")
     try:
         return describe_device(torch.device(device))
-    except RuntimeError:
+    except (AssertionError, RuntimeError, TypeError):
         raise ValueError(
             f"device={device!r}: expected a torch device such as 'cpu' or 'cuda:0', or a GPU "
             "architecture such as 'sm_90' or 'gfx942'"
@@ -94,10 +64,6 @@ def _describe_torch_device(device: torch.device) -> DeviceDescription:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
-        shared = _SHARED_MEMORY.get(arch, 64 << 10)
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return DeviceDescription(
-        "cuda", arch, properties.name, shared, properties.multi_processor_count
-    )
+    return DeviceDescription("cuda", arch, properties.name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_lstm import backends
+from fused_lstm import backends, ops
 from fused_lstm.backends import Problem
 from fused_lstm.devices import DeviceDescription, describe_device
 from fused_lstm.errors import BackendUnavailableError
@@ -76,7 +76,8 @@ def explain(
     if not isinstance(module, (nn.LSTM, nn.LSTMCell)):
         raise TypeError(f"module should be an LSTM or LSTMCell, got: {type(module).__name__}")
     problem = _problem(module, input, device)
-    asked_for = backends.requested_name(getattr(module, "backend", None))
+    own = backends.check_name(getattr(module, "backend", None))
+    asked_for = backends.requested_name(own)
     try:
         chosen = _choose(module, problem, asked_for)
     except BackendUnavailableError:
@@ -114,21 +115,27 @@ def _problem(
         steps, batch = leading[::-1] if batch_first else leading
     where = device if device is not None else (weight if data is None else data).device
     description = describe_device(where)
+    given = weight if data is None else data
+    dtype = input_dtype(given, description.type)
     return Problem(
         device=description,
-        dtype=input_dtype(weight if data is None else data, description.type),
+        dtype=dtype,
         steps=steps,
         batch=batch,
         hidden_size=module.hidden_size,
         proj_size=module.proj_size if isinstance(module, nn.LSTM) else 0,
         packed=packed,
         training=torch.is_grad_enabled(),
+        autocast=dtype != given.dtype,
         whole_layers=True,
     )
 
 
 def _reason(name: str, problem: Problem, chosen: str, asked_for: str | None) -> str:
     support = backends.supports(name, problem)
+    failed = ops.failed_kernels(name, problem)
+    if failed:
+        return f"its {' and '.join(failed)} kernel failed here, the next backend runs instead"
     if name == chosen:
         how = "asked for by name" if asked_for else "the first that can run it"
         return f"{how}: {support.reason}"

@@ -35,9 +35,13 @@ def _no_entry_for_compilers(function: Function) -> Function:
     `torch.compiler.disable` would do more: it stops the compiler in a whole program, too.
     """
     eval_frame = torch._C._dynamo.eval_frame
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    try:
+        skip = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(skip, skip)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except AttributeError:
+        # A torch that has no such thing is only slower, in models compiled around the layer.
+        return function
     return function
 
 
@@ -145,17 +149,21 @@ def layers_problem(
     transform: str,
 ) -> Problem:
     """Describe a stack of layers to the backends."""
-    if batch_sizes is not None:
+    if torch._C._is_tracing():
+        # Sizes are tensors here; a traced program chooses once, for all of them.
+        steps = batch = 0
+    elif batch_sizes is not None:
         steps, batch = batch_sizes.shape[0], hx[0].shape[1]
     else:
         batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
-    hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
+    hidden_size, features = map(int, weights[1].shape)
+    hidden_size //= 4
     dtype = input_dtype(input, input.device.type)
     return Problem(
         device=describe_device(input.device),
         dtype=dtype,
-        steps=int(steps),
-        batch=int(batch),
+        steps=steps,
+        batch=batch,
         hidden_size=hidden_size,
         proj_size=0 if features == hidden_size else features,
         packed=batch_sizes is not None,
@@ -175,6 +183,8 @@ def _check_tensors(
     states: int,
 ) -> None:
     """Raise what PyTorch's operator raises, with its texts where they name the fault."""
+    if isinstance(hx, Tensor):
+        raise TypeError("lstm(): argument 'hx' must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     for kind, tensors in (("hidden", hx), ("parameter", weights)):
@@ -193,6 +203,11 @@ def _check_tensors(
         batch = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
     hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
     autocast = input_dtype(input, input.device.type) != input.dtype
+    for weight in weights:
+        if weight.dtype != input.dtype and not autocast:
+            raise RuntimeError(
+                f"Expected parameters of the dtype of the input, {input.dtype}, got {weight.dtype}"
+            )
     for k, (state, size) in enumerate(zip(hx, (features, hidden_size), strict=True)):
         if tuple(state.shape) != (states, batch, size):
             raise RuntimeError(
@@ -295,8 +310,8 @@ def _stack_of_layers(
             h_n.append(h_last)
             c_n.append(c_last)
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if dropout > 0 and layer < num_layers - 1:
-            x = F.dropout(x, dropout, training=True)
+        if dropout != 0 and layer < num_layers - 1:
+            x = torch.dropout(x, dropout, True)
     if batch_first:
         x = x.transpose(0, 1)
     return x, torch.stack(h_n), torch.stack(c_n)
@@ -332,9 +347,13 @@ def lstm_cell(
         RuntimeError: for sizes that do not fit, with torch's text.
         BackendUnavailableError: if the named backend cannot run the problem.
     """
-    name = backends.requested_name(backends.check_name(backend))
+    name = backends.check_name(backend)
     # A compiler takes PyTorch's cell apart; the other transforms have no rule for it.
-    transform = transform_under_way().removesuffix("compile")
+    transform = transform_under_way()
+    if transform == "compile":
+        transform = ""
+    else:
+        name = backends.requested_name(name)
     if transform and name in (None, AtenBackend.name):
         problem = layers_problem(
             input.unsqueeze(0), hx, [weight_ih, weight_hh], None, False, transform
@@ -361,6 +380,8 @@ def _check_cell(
     input: Tensor, hx: tuple[Tensor, Tensor], weight_ih: Tensor, weight_hh: Tensor
 ) -> None:
     """Raise what PyTorch's cell raises, with its texts."""
+    if isinstance(hx, Tensor):
+        raise TypeError("lstm_cell(): argument 'hx' must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
     if input.shape[1] != weight_ih.shape[1]:
@@ -368,6 +389,12 @@ def _check_cell(
             f"input has inconsistent input_size: got {input.shape[1]} expected {weight_ih.shape[1]}"
         )
     hidden_size = weight_hh.shape[1]
+    autocast = input_dtype(input, input.device.type) != input.dtype
+    for name, tensor in zip(("weight_hh", "hidden0", "hidden1"), (weight_hh, *hx), strict=True):
+        if tensor.dtype != input.dtype and not autocast:
+            raise RuntimeError(
+                f"Expected {name} to have the dtype of the input, {input.dtype}, got {tensor.dtype}"
+            )
     for k, state in enumerate(hx):
         if state.shape[0] != input.shape[0]:
             raise RuntimeError(

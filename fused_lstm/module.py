@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_lstm import functional
@@ -113,9 +115,17 @@ class LSTM(nn.LSTM):
         """Copy the module; parametrized ones too, whose computed weights cannot be copied."""
         replica = self.__new__(type(self))
         memo[id(self)] = replica
-        computed = ("_flat_weights", "_flat_weight_refs")
-        state = {key: value for key, value in self.__dict__.items() if key not in computed}
-        replica.__dict__.update(copy.deepcopy(state, memo))
+        # A parametrized module refuses `__getstate__`: its class is no one else's.
+        pickles = not parametrize.is_parametrized(self)
+        state: dict[str, Any] = self.__dict__.copy()
+        if pickles:
+            state = self.__getstate__()  # type: ignore[no-untyped-call]
+        state["_flat_weights"] = []
+        state = copy.deepcopy(state, memo)
+        if pickles:
+            replica.__setstate__(state)  # type: ignore[no-untyped-call]
+        else:
+            replica.__dict__.update(state)
         replica._init_flat_weights()
         return replica
 
@@ -137,8 +147,8 @@ class LSTM(nn.LSTM):
             RuntimeError: for sizes or devices that do not fit, with torch's text.
             BackendUnavailableError: if the named backend cannot run the problem.
         """
-        if isinstance(input, torch.fx.Proxy):
-            return self._as_fx_call(input, hx)
+        if _is_fx_call(self, LSTM, input, hx):
+            return _as_fx_call(self, input, hx)  # type: ignore[no-any-return]
         weights = self._current_weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, weights)
@@ -205,17 +215,6 @@ class LSTM(nn.LSTM):
         h_0 = torch.zeros(states, batch, size, dtype=dtype, device=device)  # type: ignore[arg-type]
         return h_0, c_0
 
-    def _as_fx_call(self, input: torch.fx.Proxy, hx: Any) -> Any:
-        """Stay one `call_module` node in `torch.fx`, whose tracer enters classes outside torch."""
-        tracer = input.tracer
-        arguments = (input,) if hx is None else (input, hx)
-        return tracer.create_proxy(
-            "call_module",
-            tracer.path_of_module(self),  # type: ignore[attr-defined]
-            arguments,
-            {},
-        )
-
     def extra_repr(self) -> str:
         """As `torch.nn.LSTM`, and the backend if one was named."""
         text = super().extra_repr()
@@ -224,7 +223,8 @@ class LSTM(nn.LSTM):
     def to_torch(self) -> nn.LSTM:
         """Return an equal `torch.nn.LSTM` that shares this module's parameters.
 
-        For tools that look for the exact class (`quantize_dynamic`, `torch.jit.script`).
+        A weight that is computed (a parametrization's) is shared as it is now. For tools that
+        look for the exact class (`quantize_dynamic`, `torch.jit.script`).
         """
         twin = nn.LSTM(
             self.input_size,
@@ -243,8 +243,8 @@ class LSTM(nn.LSTM):
         return twin.train(self.training)
 
     def __prepare_scriptable__(self) -> nn.LSTM:
-        """What `torch.jit.script` compiles in this module's place."""
-        return self.to_torch()
+        """What `torch.jit.script` compiles, and leaves in the model, in this module's place."""
+        return _scriptable(self, LSTM, self.to_torch)  # type: ignore[no-any-return]
 
 
 class LSTMCell(nn.LSTMCell):
@@ -293,11 +293,11 @@ class LSTMCell(nn.LSTMCell):
             RuntimeError: for sizes or devices that do not fit, with torch's text.
             BackendUnavailableError: if the named backend cannot run the problem.
         """
-        if isinstance(input, torch.fx.Proxy):
-            return LSTM._as_fx_call(self, input, hx)
+        if _is_fx_call(self, LSTMCell, input, hx):
+            return _as_fx_call(self, input, hx)  # type: ignore[no-any-return]
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for k, state in enumerate(hx or ()):
+        for k, state in enumerate(() if hx is None else hx):
             if state.dim() not in (1, 2):
                 raise ValueError(
                     f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
@@ -332,8 +332,47 @@ class LSTMCell(nn.LSTMCell):
         return twin.train(self.training)
 
     def __prepare_scriptable__(self) -> nn.LSTMCell:
-        """What `torch.jit.script` compiles in this module's place."""
-        return self.to_torch()
+        """What `torch.jit.script` compiles, and leaves in the model, in this module's place."""
+        return _scriptable(self, LSTMCell, self.to_torch)  # type: ignore[no-any-return]
+
+
+def _is_fx_call(module: nn.Module, cls: type[nn.Module], input: Any, hx: Any) -> bool:
+    """Tell whether `torch.fx` is tracing a model that contains `module`.
+
+    Not where a subclass has a forward of its own: what that adds is to be traced (and, as with
+    torch's layers, cannot be).
+    """
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    if not any(isinstance(argument, torch.fx.Proxy) for argument in (input, *states)):
+        return False
+    return type(module).forward is cls.forward
+
+
+def _as_fx_call(module: nn.Module, input: Any, hx: Any) -> Any:
+    """Stay one `call_module` node in `torch.fx`, whose tracer enters classes outside torch."""
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    tracer = next(a for a in (input, *states) if isinstance(a, torch.fx.Proxy)).tracer
+    path = tracer.path_of_module(module)  # type: ignore[attr-defined]
+    if not path:
+        raise torch.fx.proxy.TraceError(
+            f"{type(module).__name__} is one node of a graph and has none of its own: trace the "
+            "model that contains it"
+        )
+    arguments = (input,) if hx is None else (input, hx)
+    return tracer.create_proxy("call_module", path, arguments, {})
+
+
+def _scriptable(module: nn.Module, cls: type[nn.Module], twin: Callable[[], Any]) -> Any:
+    """Return what `torch.jit.script` is to compile: a torch layer, or else the module itself.
+
+    The module itself, which the compiler refuses, is right where a torch layer would lose
+    something: another forward, hooks, or weights that are computed.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    computed = parametrize.is_parametrized(module)
+    if type(module).forward is not cls.forward or hooked or computed:
+        return module
+    return twin()
 
 
 def _share_weights(source: nn.Module, target: nn.Module, names: list[str]) -> None:

@@ -24,12 +24,28 @@ from fused_lstm.devices import describe_device
 from fused_lstm.errors import KernelFallbackWarning
 from fused_lstm.reference import state_dtype
 
-__all__ = ["autocast_off", "lstm_backward", "lstm_forward", "recurrence_problem"]
+__all__ = [
+    "autocast_off",
+    "failed_kernels",
+    "lstm_backward",
+    "lstm_forward",
+    "recurrence_problem",
+]
 
 Result = TypeVar("Result")
 
-# Kernels that failed, as (backend, direction, dtype, hidden size): they are not tried again.
-_failed: set[tuple[str, str, torch.dtype, int]] = set()
+# Kernels that failed, as `_kernel` names them: they are not tried again.
+_failed: set[tuple[object, ...]] = set()
+
+
+def _kernel(backend: str, direction: str, problem: Problem) -> tuple[object, ...]:
+    """Name a kernel by all that its code depends on."""
+    return backend, direction, problem.device, problem.dtype, problem.hidden_size
+
+
+def failed_kernels(backend: str, problem: Problem) -> list[str]:
+    """List the directions in which a backend's kernel has failed for such a problem."""
+    return [d for d in ("forward", "backward") if _kernel(backend, d, problem) in _failed]
 
 
 def recurrence_problem(
@@ -67,9 +83,9 @@ def _run(
     launch: Callable[[backends.Backend], Result],
 ) -> Result:
     """Run `launch` on the chosen backend, and after a failure on the next one, with one warning."""
-    chosen = backends.select_backend(problem, backends.requested_name(name))
+    chosen = backends.select_backend(problem, name)
     for candidate in backends.ORDER[backends.ORDER.index(chosen) :]:
-        key = (candidate, direction, problem.dtype, problem.hidden_size)
+        key = _kernel(candidate, direction, problem)
         support = backends.supports(candidate, problem)
         usable = support.ok and (support.default or candidate == chosen)
         if candidate == backends.ORDER[-1] or key in _failed or not usable:
@@ -130,7 +146,12 @@ def lstm_forward(
     arguments = ForwardArguments(
         gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse, save_activations, save_cells
     )
-    out = _run("forward", problem, backend, lambda chosen: chosen.forward(arguments))
+    out = _run(
+        "forward",
+        problem,
+        backends.requested_name(backend),
+        lambda chosen: chosen.forward(arguments),
+    )
     return out.h, out.c, out.activations, out.h_n, out.c_n
 
 

@@ -88,13 +88,25 @@ def recurrence(
     """`lstm_recurrence`, whose c may be empty unless `save_cells`."""
     _check(gates, weight_hh, h0, c0, weight_hr, batch_sizes)
     transform = transform_under_way()
-    differentiated = transform in ("vmap", "jvp") or (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (gates, weight_hh, h0, c0, weight_hr))
+    # A recorded program may be differentiated later, whatever holds while it is recorded.
+    compiling = transform == "compile"
+    recorded = torch.compiler.is_exporting() if compiling else torch._C._is_tracing()
+    if not compiling:
+        # Once, for forward and backward; a compiled program asks when it runs.
+        backend = backends.requested_name(backend)
+    differentiated = (
+        recorded
+        or transform in ("vmap", "jvp")
+        or (
+            torch.is_grad_enabled()
+            and any(
+                t is not None and t.requires_grad for t in (gates, weight_hh, h0, c0, weight_hr)
+            )
+        )
     )
     arguments = (gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse)
-    if transform == "compile":
-        # The operator has the same gradient registered; Dynamo cannot trace a Function with a jvp.
+    if compiling or recorded:
+        # The operator has the same gradient registered; compilers cannot record a Function.
         outputs = ops.lstm_forward(
             *arguments, differentiated, differentiated or save_cells, backend
         )

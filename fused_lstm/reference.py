@@ -98,7 +98,8 @@ def _in_order_of_time(steps: list[Tensor], packed: bool, reverse: bool) -> Tenso
     """Join per-step rows, listed in the order of computation, to [T, B, ...] or [N, ...]."""
     if reverse:
         steps = steps[::-1]
-    return torch.cat(steps) if packed else torch.stack(steps)
+    # Not torch.stack, whose result is a view: users may write into it.
+    return torch.cat(steps if packed else [step.unsqueeze(0) for step in steps])
 
 
 def lstm_recurrence(

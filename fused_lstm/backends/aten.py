@@ -37,6 +37,7 @@ class AtenBackend(Backend):
             and problem.dtype == torch.float16
             and problem.autocast
             and problem.training
+            and not (problem.packed or problem.proj_size)
         ):
             return Support(False, "oneDNN cannot train in float16 under autocast")
         if problem.transform == "vmap":

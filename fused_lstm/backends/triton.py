@@ -27,7 +27,7 @@ VERIFIED_ARCHITECTURES: frozenset[str] = frozenset()
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # What the interpreter is launched for: any architecture's configuration computes the same.
-_INTERPRETED_ARCH = "sm_80"
+_INTERPRETED_ARCH = "sm_90"
 
 
 class TritonBackend(Backend):
@@ -41,14 +41,15 @@ class TritonBackend(Backend):
             return Support(False, f"{problem.dtype} is not one of float32, float16, bfloat16")
         if problem.proj_size:
             return Support(False, f"proj_size={problem.proj_size}: the kernels have no projection")
-        if importlib.util.find_spec("triton") is None:
-            return Support(False, "the package triton is not installed")
-        if problem.device.type != "cuda":
-            if problem.device.type == "cpu" and _interpreted():
-                return Support(True, f"interpreted, {_plan(problem)}", default=False)
+        interpreted = problem.device.type == "cpu" and "TRITON_INTERPRET" in os.environ
+        if problem.device.type != "cuda" and not interpreted:
             return Support(
                 False, f"Triton compiles for GPUs, not for a {problem.device.type} device"
             )
+        if importlib.util.find_spec("triton") is None:
+            return Support(False, "the package triton is not installed")
+        if interpreted:
+            return Support(True, f"interpreted, {_plan(problem)}", default=False)
         arch = problem.device.arch
         if arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80:
             return Support(False, f"{arch} is older than sm_80, the first with bfloat16 and TF32")
@@ -81,16 +82,6 @@ class TritonBackend(Backend):
             **options, input_precision=_input_precision()
         )
         return RecurrenceGradients(grad_gates, grad_h0, grad_c0, None)
-
-
-def _interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1 before their import)."""
-    # Asked on every CPU: without the variable, Triton is not imported for the answer.
-    if "TRITON_INTERPRET" not in os.environ:
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def _input_precision() -> str:

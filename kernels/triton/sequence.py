@@ -165,6 +165,12 @@ def lstm_forward_sequence_kernel(
     a_f = dot(h, w_f, gates_f.to(tl.float32), INPUT_PRECISION)
     a_g = dot(h, w_g, gates_g.to(tl.float32), INPUT_PRECISION)
     a_o = dot(h, w_o, gates_o.to(tl.float32), INPUT_PRECISION)
+    # h0 may hold an infinity, whose product with the zeros beyond H is NaN. It must not become
+    # part of h there: every later product would be NaN.
+    a_i = tl.where(in_columns, a_i, 0.0)
+    a_f = tl.where(in_columns, a_f, 0.0)
+    a_g = tl.where(in_columns, a_g, 0.0)
+    a_o = tl.where(in_columns, a_o, 0.0)
     gates_i, gates_f, gates_g, gates_o = load_gate_tiles(gates_tile + start_1, H, active_1)
 
     for step in range(T):
@@ -185,7 +191,8 @@ def lstm_forward_sequence_kernel(
         if PACKED:
             # A row outside its own sequence keeps its state: the initial one before the
             # sequence begins, the final one after it has ended.
-            h = tl.where(rows < n, h_new, h)
+            # Only here can h0 and its infinities come in after the first step.
+            h = tl.where((rows < n) & in_columns, h_new, h)
             c = tl.where(rows < n, c_new, c)
         else:
             h = h_new

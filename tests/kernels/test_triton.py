@@ -351,3 +351,19 @@ def test_rounding(dtype, device):
     y = torch.empty(512, dtype=dtype, device=device)
     kernel[(1,)](x, y, 512)
     torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@scopes
+@pytest.mark.parametrize("H", [5, 16, 24])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_infinite_initial_state_stays_where_it_is(device, scope, H, packed):
+    """Beyond the hidden units a tile holds zeros, and infinity times zero is NaN."""
+    sizes = torch.tensor([3, 2, 1]) if packed else None
+    for reverse in (False, True):
+        (gates, weight, h0, c0), _ = make_inputs(3, 3, H, torch.float32, device, sizes)
+        h0[0, 0] = float("inf")
+        h = lstm_forward(gates, weight, h0, c0, batch_sizes=sizes, reverse=reverse, scope=scope)[0]
+        expected = reference(
+            gates.cpu(), weight.cpu(), h0.cpu(), c0.cpu(), batch_sizes=sizes, reverse=reverse
+        )[0]
+        assert torch.equal(h.cpu().isfinite(), expected.isfinite())
