@@ -13,7 +13,7 @@ from fused_lstm import backends, ops
 from fused_lstm.backends import Problem
 from fused_lstm.devices import DeviceDescription, describe_device
 from fused_lstm.errors import BackendUnavailableError
-from fused_lstm.functional import input_dtype
+from fused_lstm.functional import autocast_is_on, input_dtype
 
 __all__ = ["Explanation", "explain"]
 
@@ -115,18 +115,16 @@ def _problem(
         steps, batch = leading[::-1] if batch_first else leading
     where = device if device is not None else (weight if data is None else data).device
     description = describe_device(where)
-    given = weight if data is None else data
-    dtype = input_dtype(given, description.type)
     return Problem(
         device=description,
-        dtype=dtype,
+        dtype=input_dtype(weight if data is None else data, description.type),
         steps=steps,
         batch=batch,
         hidden_size=module.hidden_size,
         proj_size=module.proj_size if isinstance(module, nn.LSTM) else 0,
         packed=packed,
         training=torch.is_grad_enabled(),
-        autocast=dtype != given.dtype,
+        autocast=autocast_is_on(description.type),
         whole_layers=True,
     )
 

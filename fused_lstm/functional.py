@@ -20,7 +20,7 @@ from fused_lstm.devices import describe_device
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.recurrence import recurrence, transform_under_way
 
-__all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
+__all__ = ["autocast_is_on", "input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -133,11 +133,14 @@ def lstm(
     )
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast chooses the dtype in which the layers compute."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)
+
+
 def input_dtype(input: Tensor, device_type: str) -> torch.dtype:
     """Dtype in which the layers compute: the input's, or the one autocast chooses."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return input.dtype
+    return torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else input.dtype
 
 
 def layers_problem(
@@ -158,17 +161,17 @@ def layers_problem(
         batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
     hidden_size, features = map(int, weights[1].shape)
     hidden_size //= 4
-    dtype = input_dtype(input, input.device.type)
+    device = describe_device(input.device)
     return Problem(
-        device=describe_device(input.device),
-        dtype=dtype,
+        device=device,
+        dtype=input_dtype(input, device.type),
         steps=steps,
         batch=batch,
         hidden_size=hidden_size,
         proj_size=0 if features == hidden_size else features,
         packed=batch_sizes is not None,
         training=torch.is_grad_enabled(),
-        autocast=dtype != input.dtype,
+        autocast=autocast_is_on(device.type),
         whole_layers=True,
         transform=transform,
     )
@@ -202,7 +205,7 @@ def _check_tensors(
         # The tensor's first entry is read nowhere else: the states say how large the batch is.
         batch = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
     hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
-    autocast = input_dtype(input, input.device.type) != input.dtype
+    autocast = autocast_is_on(input.device.type)
     for weight in weights:
         if weight.dtype != input.dtype and not autocast:
             raise RuntimeError(
@@ -389,7 +392,7 @@ def _check_cell(
             f"input has inconsistent input_size: got {input.shape[1]} expected {weight_ih.shape[1]}"
         )
     hidden_size = weight_hh.shape[1]
-    autocast = input_dtype(input, input.device.type) != input.dtype
+    autocast = autocast_is_on(input.device.type)
     for name, tensor in zip(("weight_hh", "hidden0", "hidden1"), (weight_hh, *hx), strict=True):
         if tensor.dtype != input.dtype and not autocast:
             raise RuntimeError(
