@@ -152,28 +152,30 @@ def layers_problem(
     transform: str,
 ) -> Problem:
     """Describe a stack of layers to the backends."""
+    rows, features = weights[1].shape
     if torch._C._is_tracing():
-        # Sizes are tensors here; a traced program chooses once, for all of them.
+        # Sizes are tensors here; a traced program chooses once, for every length and batch.
         steps = batch = 0
+        rows, features = int(rows), int(features)
     elif batch_sizes is not None:
         steps, batch = batch_sizes.shape[0], hx[0].shape[1]
     else:
         batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
-    hidden_size, features = map(int, weights[1].shape)
-    hidden_size //= 4
     device = describe_device(input.device)
+    autocast = autocast_is_on(device.type)
+    # By position: this runs at every call of every layer.
     return Problem(
-        device=device,
-        dtype=input_dtype(input, device.type),
-        steps=steps,
-        batch=batch,
-        hidden_size=hidden_size,
-        proj_size=0 if features == hidden_size else features,
-        packed=batch_sizes is not None,
-        training=torch.is_grad_enabled(),
-        autocast=autocast_is_on(device.type),
-        whole_layers=True,
-        transform=transform,
+        device,
+        torch.get_autocast_dtype(device.type) if autocast else input.dtype,
+        steps,
+        batch,
+        rows // 4,
+        0 if 4 * features == rows else features,
+        batch_sizes is not None,
+        torch.is_grad_enabled(),
+        autocast,
+        True,
+        transform,
     )
 
 

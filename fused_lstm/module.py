@@ -342,16 +342,24 @@ def _is_fx_call(module: nn.Module, cls: type[nn.Module], input: Any, hx: Any) ->
     Not where a subclass has a forward of its own: what that adds is to be traced (and, as with
     torch's layers, cannot be).
     """
+    return _proxy(input, hx) is not None and type(module).forward is cls.forward
+
+
+def _proxy(input: Any, hx: Any) -> torch.fx.Proxy | None:
+    """Return the first argument that `torch.fx` stands in for."""
+    if isinstance(input, torch.fx.Proxy):
+        return input
+    if hx is None:
+        return None
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    if not any(isinstance(argument, torch.fx.Proxy) for argument in (input, *states)):
-        return False
-    return type(module).forward is cls.forward
+    return next((state for state in states if isinstance(state, torch.fx.Proxy)), None)
 
 
 def _as_fx_call(module: nn.Module, input: Any, hx: Any) -> Any:
     """Stay one `call_module` node in `torch.fx`, whose tracer enters classes outside torch."""
-    states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    tracer = next(a for a in (input, *states) if isinstance(a, torch.fx.Proxy)).tracer
+    proxy = _proxy(input, hx)
+    assert proxy is not None
+    tracer = proxy.tracer
     path = tracer.path_of_module(module)  # type: ignore[attr-defined]
     if not path:
         raise torch.fx.proxy.TraceError(
