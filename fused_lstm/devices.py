@@ -1,4 +1,4 @@
-"""What the choice of a backend needs to know of a device, whether or not it is at hand."""
+"""What the rest needs to know of a device, whether or not it is at hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["DeviceDescription", "describe_device"]
+__all__ = ["DeviceDescription", "autocast_is_on", "describe_device"]
 
 
 class DeviceDescription(NamedTuple):
@@ -67,3 +67,8 @@ def _describe_torch_device(device: torch.device) -> DeviceDescription:
     else:
         arch = f"sm_{properties.major}{properties.minor}"
     return DeviceDescription("cuda", arch, properties.name)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast chooses the dtype of what is computed on devices of this type."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)

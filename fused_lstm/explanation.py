@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_lstm import backends, ops
 from fused_lstm.backends import Problem
-from fused_lstm.devices import DeviceDescription, describe_device
+from fused_lstm.devices import DeviceDescription, autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
-from fused_lstm.functional import autocast_is_on, input_dtype
+from fused_lstm.functional import input_dtype
 
 __all__ = ["Explanation", "explain"]
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from fused_lstm import backends
 from fused_lstm.backends import Problem
 from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
-from fused_lstm.devices import describe_device
+from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.recurrence import recurrence, transform_under_way
 
-__all__ = ["autocast_is_on", "input_dtype", "layers_problem", "lstm", "lstm_cell"]
+__all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -131,11 +131,6 @@ def lstm(
         batch_first,
         name,
     )
-
-
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast chooses the dtype in which the layers compute."""
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)
 
 
 def input_dtype(input: Tensor, device_type: str) -> torch.dtype:

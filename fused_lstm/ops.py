@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_lstm import backends
 from fused_lstm.backends import BackwardArguments, ForwardArguments, Problem
-from fused_lstm.devices import describe_device
+from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import KernelFallbackWarning
 from fused_lstm.reference import state_dtype
 
@@ -71,7 +71,7 @@ def recurrence_problem(
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from rounding the sums of code that has chosen its dtypes itself."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -84,29 +84,30 @@ def _run(
 ) -> Result:
     """Run `launch` on the chosen backend, and after a failure on the next one, with one warning."""
     chosen = backends.select_backend(problem, name)
-    for candidate in backends.ORDER[backends.ORDER.index(chosen) :]:
-        key = _kernel(candidate, direction, problem)
-        support = backends.supports(candidate, problem)
-        usable = support.ok and (support.default or candidate == chosen)
-        if candidate == backends.ORDER[-1] or key in _failed or not usable:
-            continue
-        try:
-            with autocast_off(problem.device.type):
-                return launch(backends.get_backend(candidate))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # Whatever a compiler, a driver or a launcher raises: the result is still to be right.
-            _failed.add(key)
-            warnings.warn(
-                f"the {direction} kernel of the backend {candidate!r} failed for "
-                f"hidden_size={problem.hidden_size}, {problem.dtype} on {problem.device} and is "
-                f"not used again for it; the next backend runs. {type(error).__name__}: {error}",
-                KernelFallbackWarning,
-                stacklevel=2,
-            )
+    *faster, always_right = backends.ORDER[backends.ORDER.index(chosen) :]
     with autocast_off(problem.device.type):
-        return launch(backends.get_backend(backends.ORDER[-1]))
+        for candidate in faster:
+            key = _kernel(candidate, direction, problem)
+            support = backends.supports(candidate, problem)
+            usable = support.ok and (support.default or candidate == chosen)
+            if key in _failed or not usable:
+                continue
+            try:
+                return launch(backends.get_backend(candidate))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                # Whatever a compiler, driver or launcher raises: the result is still to be right.
+                _failed.add(key)
+                warnings.warn(
+                    f"the {direction} kernel of the backend {candidate!r} failed for "
+                    f"hidden_size={problem.hidden_size}, {problem.dtype} on {problem.device} and "
+                    f"is not used again for it; the next backend runs. "
+                    f"{type(error).__name__}: {error}",
+                    KernelFallbackWarning,
+                    stacklevel=2,
+                )
+        return launch(backends.get_backend(always_right))
 
 
 @torch.library.custom_op("fused_lstm::lstm_forward", mutates_args=())

@@ -105,15 +105,13 @@ def recurrence(
         )
     )
     arguments = (gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse)
-    if compiling or recorded:
-        # The operator has the same gradient registered; compilers cannot record a Function.
+    if differentiated and not (compiling or recorded):
+        outputs = LSTMRecurrenceFunction.apply(*arguments, backend)  # type: ignore[no-untyped-call]
+    else:
+        # Compilers cannot record a Function; the operator has the same gradient registered.
         outputs = ops.lstm_forward(
             *arguments, differentiated, differentiated or save_cells, backend
         )
-    elif differentiated:
-        outputs = LSTMRecurrenceFunction.apply(*arguments, backend)  # type: ignore[no-untyped-call]
-    else:
-        outputs = ops.lstm_forward(*arguments, False, save_cells, backend)
     h, c, _, h_n, c_n = outputs
     return LSTMOutput(h, c, h_n, c_n)
 
