@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Touched when the native CPU library, kernels/cpu/_native.*, is up to date.
+NATIVE := $(VENV)/.native
+NATIVE_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 # Two workers: the tests are small, and torch is held to one thread in each.
 WORKERS ?= 2
 # The GPU suite's, which share one GPU.
@@ -22,14 +25,27 @@ help:
 	@echo "make bench   time fused_lstm against torch.nn.LSTM on this machine"
 	@echo "make gpu     test suite and timing on this machine's NVIDIA GPU"
 
-venv: $(READY)
+venv: $(READY) $(NATIVE)
 
 # setuptools goes first: the editable install builds with it, without a second download.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	@rm -f kernels/cpu/_native.*
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	@touch $@
+
+# The install has built it, unless a source has changed since. Where there is no compiler, or one that
+# refuses, this says so, each time, and goes on: the package works without the library.
+$(NATIVE): $(NATIVE_SOURCES) $(READY)
+	@library=$$(echo kernels/cpu/_native.*); \
+	if [ ! -e "$$library" ] || [ -n "$$(find $(NATIVE_SOURCES) -newer "$$library")" ]; then \
+		rm -rf kernels/cpu/_native.* $(VENV)/native; \
+		$(BIN)/python -W ignore -c "import setuptools; setuptools.setup()" --quiet build_ext --inplace \
+			--build-temp $(VENV)/native --build-lib $(VENV)/native || true; \
+	fi; \
+	if ls kernels/cpu/_native.* > /dev/null 2>&1; then touch $@; \
+	else echo "The native CPU library could not be built: going on without it."; fi
 
 demo: venv
 	$(BIN)/python -m fused_lstm demo --out $(OUT)
@@ -37,12 +53,12 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-lint: venv
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: venv
+format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -60,4 +76,4 @@ gpu:
 	exit $$status
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info kernels/cpu/_native.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

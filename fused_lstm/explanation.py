@@ -79,17 +79,11 @@ def explain(
     own = backends.check_name(getattr(module, "backend", None))
     asked_for = backends.requested_name(own)
     try:
-        chosen = _choose(module, problem, asked_for)
+        chosen = backends.select_backend(problem, asked_for)
     except BackendUnavailableError:
         chosen = ""
     reasons = {name: _reason(name, problem, chosen, asked_for) for name in backends.ORDER}
     return Explanation(chosen, reasons, problem, _describe(module, problem))
-
-
-def _choose(module: nn.Module, problem: Problem, asked_for: str | None) -> str:
-    if asked_for is None and isinstance(module, nn.LSTMCell):
-        return "aten"
-    return backends.select_backend(problem, asked_for)
 
 
 def _problem(

@@ -6,19 +6,20 @@ or proj_size), `L` layers, `D` directions, `N` rows of a packed batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lstm import backends
 from fused_lstm.backends import Problem
 from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
+from fused_lstm.backends.native import NativeBackend
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
-from fused_lstm.recurrence import recurrence, transform_under_way
+from fused_lstm.layer import DirectionWeights, composed_layer, native_layer
+from fused_lstm.recurrence import check_batch_sizes, transform_under_way
 
 __all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
@@ -43,16 +44,6 @@ def _no_entry_for_compilers(function: Function) -> Function:
         # A torch that has no such thing is only slower, in models compiled around the layer.
         return function
     return function
-
-
-class _DirectionWeights(NamedTuple):
-    """Weights of one layer in one direction."""
-
-    ih: Tensor
-    hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    hr: Tensor | None
 
 
 @_no_entry_for_compilers
@@ -101,9 +92,13 @@ def lstm(
         name = backends.requested_name(name)
     elif name == AtenBackend.name:
         raise BackendUnavailableError(f"backend={name!r} cannot run here: {UNTRACEABLE}")
-    if transform != "compile" and name in (None, AtenBackend.name):
+    native = False
+    if transform != "compile" and name in _WHOLE_LAYERS:
+        transform = transform or _recording(input, hx, weights)
         problem = layers_problem(input, hx, weights, batch_sizes, batch_first, transform)
-        if backends.select_backend(problem, name) == AtenBackend.name:
+        chosen = backends.select_backend(problem, name)
+        native = chosen == NativeBackend.name and not transform
+        if chosen == AtenBackend.name:
             aten = cast(AtenBackend, backends.get_backend(AtenBackend.name))
             return aten.layers(
                 input,
@@ -120,6 +115,7 @@ def lstm(
     states = num_layers * (2 if bidirectional else 1)
     _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
     return _stack_of_layers(
+        native,
         input,
         hx,
         weights,
@@ -130,6 +126,46 @@ def lstm(
         bidirectional,
         batch_first,
         name,
+    )
+
+
+# Backends that compute whole layers, and None: the choice may fall on one of them.
+_WHOLE_LAYERS = (None, NativeBackend.name, AtenBackend.name)
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _recording(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor | None]) -> str:
+    """Name what wants to see PyTorch's operators: "trace", "modes" or "" for nothing.
+
+    Modes are of `torch.utils._python_dispatch` (fake tensors, counters, `make_fx`); subclasses of
+    Tensor count as one, because they may have no memory of their own.
+    """
+    if torch._C._is_tracing():
+        return "trace"
+    if torch._C._len_torch_dispatch_stack() or any(
+        t is not None and type(t) not in _PLAIN_TENSORS for t in (input, *hx, *weights)
+    ):
+        return "modes"
+    return ""
+
+
+def _cell_problem(input: Tensor, weight_hh: Tensor, transform: str) -> Problem:
+    """Describe one step to the backends."""
+    device = describe_device(input.device)
+    autocast = autocast_is_on(device.type)
+    return Problem(
+        device,
+        torch.get_autocast_dtype(device.type) if autocast else input.dtype,
+        1,
+        input.shape[0],
+        weight_hh.shape[1],
+        0,
+        False,
+        torch.is_grad_enabled(),
+        autocast,
+        True,
+        transform,
     )
 
 
@@ -220,7 +256,7 @@ def _check_tensors(
             )
 
 
-def _by_direction(weights: list[Tensor], bias: bool) -> list[_DirectionWeights]:
+def _by_direction(weights: list[Tensor], bias: bool) -> list[DirectionWeights]:
     """Group the flat weights by layer and direction."""
     hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
     projected = features != hidden_size
@@ -229,7 +265,7 @@ def _by_direction(weights: list[Tensor], bias: bool) -> list[_DirectionWeights]:
     for start in range(0, len(weights), count):
         group = weights[start : start + count]
         groups.append(
-            _DirectionWeights(
+            DirectionWeights(
                 group[0],
                 group[1],
                 group[2] if bias else None,
@@ -240,41 +276,8 @@ def _by_direction(weights: list[Tensor], bias: bool) -> list[_DirectionWeights]:
     return groups
 
 
-def _one_direction(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: _DirectionWeights,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    batch_first: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project the whole sequence with one GEMM, then run the recurrence over it."""
-    bias = None
-    if weights.bias_ih is not None and weights.bias_hh is not None:
-        bias = weights.bias_ih + weights.bias_hh
-    gates = F.linear(x, weights.ih, bias)
-    if batch_first:
-        # A view: the kernels read any strides.
-        gates = gates.transpose(0, 1)
-    dtype = gates.dtype
-    # Under autocast the projection has chosen the dtype, and the recurrence follows it.
-    h, _, h_n, c_n = recurrence(
-        gates,
-        weights.hh.to(dtype),
-        h_0.to(dtype),
-        c_0.to(dtype),
-        None if weights.hr is None else weights.hr.to(dtype),
-        batch_sizes,
-        reverse,
-        backend,
-        save_cells=False,
-    )
-    return h, h_n, c_n
-
-
 def _stack_of_layers(
+    native: bool,
     input: Tensor,
     hx: tuple[Tensor, Tensor],
     weights: list[Tensor],
@@ -286,35 +289,57 @@ def _stack_of_layers(
     batch_first: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the layers one after another, each direction as one recurrence."""
+    """Run the layers one after another, whole ones on the native kernels or composed ones."""
     directions = 2 if bidirectional else 1
     groups = _by_direction(weights, bias)
     batch_first = batch_first and batch_sizes is None
+    if native:
+        _check_weights(groups, input, directions)
+        if batch_sizes is not None:
+            check_batch_sizes(batch_sizes, input.shape[0], "input")
     x = input
     h_n, c_n = [], []
     for layer in range(num_layers):
-        outputs = []
-        for direction in range(directions):
-            k = layer * directions + direction
-            h, h_last, c_last = _one_direction(
-                x,
-                hx[0][k],
-                hx[1][k],
-                groups[k],
-                batch_sizes,
-                reverse=direction == 1,
-                batch_first=batch_first and layer == 0,
-                backend=backend,
+        own = slice(layer * directions, (layer + 1) * directions)
+        first = batch_first and layer == 0
+        h_0, c_0 = hx if num_layers == 1 else (hx[0][own], hx[1][own])
+        if native:
+            x, h_last, c_last = native_layer(x, h_0, c_0, groups[own], batch_sizes, first)
+        else:
+            x, h_last, c_last = composed_layer(
+                x, h_0, c_0, groups[own], batch_sizes, first, backend
             )
-            outputs.append(h)
-            h_n.append(h_last)
-            c_n.append(c_last)
-        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        h_n.append(h_last)
+        c_n.append(c_last)
         if dropout != 0 and layer < num_layers - 1:
             x = torch.dropout(x, dropout, True)
     if batch_first:
         x = x.transpose(0, 1)
-    return x, torch.stack(h_n), torch.stack(c_n)
+    if num_layers == 1:
+        return x, h_n[0], c_n[0]
+    return x, torch.cat(h_n), torch.cat(c_n)
+
+
+def _check_weights(groups: list[DirectionWeights], input: Tensor, directions: int) -> None:
+    """Raise unless every weight fits the input and the others: kernels get pointers."""
+    rows, features = groups[0].hh.shape
+    for k, own in enumerate(groups):
+        inputs = input.shape[-1] if k < directions else directions * features
+        shapes = ((rows, inputs), (rows, features), (rows,), (rows,), (features, rows // 4))
+        for name, weight, shape in zip(own._fields, own, shapes, strict=True):
+            if weight is None:
+                continue
+            if weight.shape != shape:
+                raise RuntimeError(
+                    f"Expected weight {name} of layer {k // directions} to have size "
+                    f"{list(shape)}, got {list(weight.shape)}"
+                )
+            if weight.dtype != input.dtype or weight.device != input.device:
+                raise RuntimeError(
+                    f"Expected weight {name} of layer {k // directions} to have the dtype and "
+                    f"device of the input, {input.dtype} on {input.device}, got {weight.dtype} on "
+                    f"{weight.device}"
+                )
 
 
 @_no_entry_for_compilers
@@ -350,30 +375,27 @@ def lstm_cell(
     name = backends.check_name(backend)
     # A compiler takes PyTorch's cell apart; the other transforms have no rule for it.
     transform = transform_under_way()
+    native = False
     if transform == "compile":
-        transform = ""
+        if name in (None, AtenBackend.name):
+            return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
         name = backends.requested_name(name)
-    if transform and name in (None, AtenBackend.name):
-        problem = layers_problem(
-            input.unsqueeze(0), hx, [weight_ih, weight_hh], None, False, transform
-        )
-        name = backends.select_backend(problem, name)
-    elif name in (None, AtenBackend.name):
-        return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        if name in _WHOLE_LAYERS:
+            transform = transform or _recording(input, hx, (weight_ih, weight_hh))
+            chosen = backends.select_backend(_cell_problem(input, weight_hh, transform), name)
+            if chosen == AtenBackend.name:
+                return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            native = chosen == NativeBackend.name and not transform
     _check_cell(input, hx, weight_ih, weight_hh)
-    weights = _DirectionWeights(weight_ih, weight_hh, bias_ih, bias_hh, None)
-    _, h, c = _one_direction(
-        input.unsqueeze(0),
-        hx[0],
-        hx[1],
-        weights,
-        batch_sizes=None,
-        reverse=False,
-        batch_first=False,
-        backend=name,
-    )
-    return h, c
+    group = [DirectionWeights(weight_ih, weight_hh, bias_ih, bias_hh, None)]
+    if native:
+        _check_weights(group, input, 1)
+        _, h, c = native_layer(input, *hx, group, None, False)
+        return h, c
+    x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
+    _, h, c = composed_layer(x, h_0, c_0, group, None, False, name)
+    return h[0], c[0]
 
 
 def _check_cell(

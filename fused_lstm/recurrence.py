@@ -19,7 +19,13 @@ from torch.autograd import forward_ad
 from fused_lstm import backends, ops, reference
 from fused_lstm.reference import LSTMOutput, RecurrenceForward
 
-__all__ = ["LSTMOutput", "LSTMRecurrenceFunction", "lstm_recurrence", "transform_under_way"]
+__all__ = [
+    "LSTMOutput",
+    "LSTMRecurrenceFunction",
+    "check_batch_sizes",
+    "lstm_recurrence",
+    "transform_under_way",
+]
 
 
 def lstm_recurrence(
@@ -147,25 +153,8 @@ def _check(
     if batch_sizes is None:
         batch = gates.shape[1]
     else:
-        if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not len(batch_sizes):
-            raise ValueError(
-                "batch_sizes: expected a non-empty int64 tensor [T], got "
-                f"{list(batch_sizes.shape)} {batch_sizes.dtype}"
-            )
-        if batch_sizes.device.type != "cpu":
-            raise ValueError(f"batch_sizes: expected a CPU tensor, got {batch_sizes.device}")
-        if not torch.compiler.is_compiling():
-            sizes = batch_sizes.tolist()
-            if sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
-                raise ValueError(
-                    f"batch_sizes: expected positive, non-increasing counts, got {sizes}"
-                )
-            if sum(sizes) != gates.shape[0]:
-                raise ValueError(
-                    f"batch_sizes: expected a sum of {gates.shape[0]} (rows of gates), "
-                    f"got {sum(sizes)}"
-                )
-        batch = h0.shape[0] if torch.compiler.is_compiling() else sizes[0]
+        check_batch_sizes(batch_sizes, gates.shape[0], "gates")
+        batch = h0.shape[0] if torch.compiler.is_compiling() else int(batch_sizes[0])
     hidden = gates.shape[-1] // 4
     features = hidden if weight_hr is None else weight_hr.shape[0]
     expected_shapes = {
@@ -183,6 +172,29 @@ def _check(
             raise TypeError(f"{name}: expected {gates.dtype} like gates, got {tensor.dtype}")
         if tensor.device != gates.device:
             raise ValueError(f"{name}: expected device {gates.device}, got {tensor.device}")
+
+
+def check_batch_sizes(batch_sizes: Tensor, rows: int, of: str) -> None:
+    """Raise unless `batch_sizes` describes packed rows, `rows` of them in the tensor called `of`.
+
+    Raises:
+        ValueError: if it is not int64 [T] on the CPU, of positive counts that do not increase and
+            whose sum is `rows`.
+    """
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not len(batch_sizes):
+        raise ValueError(
+            "batch_sizes: expected a non-empty int64 tensor [T], got "
+            f"{list(batch_sizes.shape)} {batch_sizes.dtype}"
+        )
+    if batch_sizes.device.type != "cpu":
+        raise ValueError(f"batch_sizes: expected a CPU tensor, got {batch_sizes.device}")
+    if torch.compiler.is_compiling():
+        return
+    sizes = batch_sizes.tolist()
+    if sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
+        raise ValueError(f"batch_sizes: expected positive, non-increasing counts, got {sizes}")
+    if sum(sizes) != rows:
+        raise ValueError(f"batch_sizes: expected a sum of {rows} (rows of {of}), got {sum(sizes)}")
 
 
 def _packed_hidden_before(h: Tensor, h0: Tensor, counts: Tensor, reverse: bool) -> Tensor:

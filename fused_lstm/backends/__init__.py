@@ -21,6 +21,7 @@ from fused_lstm.backends.base import (
     RecurrenceGradients,
     Support,
 )
+from fused_lstm.backends.native import NativeBackend
 from fused_lstm.backends.reference import ReferenceBackend
 from fused_lstm.backends.triton import TritonBackend
 from fused_lstm.errors import BackendUnavailableError
@@ -42,7 +43,8 @@ __all__ = [
 ]
 
 _BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TritonBackend(), AtenBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (NativeBackend(), TritonBackend(), AtenBackend(), ReferenceBackend())
 }
 
 # Fastest first. The last one runs everything.
@@ -70,7 +72,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run every layer that names no backend of its own on the backend `name`.
 
     Args:
-        name: "triton", "aten" or "reference"; None for the default choice.
+        name: "native", "triton", "aten" or "reference"; None for the default choice.
 
     Raises:
         TypeError: if `name` is neither None nor a string.

@@ -1,0 +1,513 @@
+// The backward pass. Included once per instruction set, after multiply.h.
+//
+// From the last step to the first, with m_t = o ⊙ tanh(c_t) and δ for the derivative of the loss:
+//
+//   δh_t = grad_h_t + δa_{t+1}·W_hh          (grad_h_n after a sequence's last step)
+//   δm_t = δh_t, or δh_t·W_hr
+//   δc_t = grad_c_t + δc_{t+1} ⊙ f_{t+1} + δm_t ⊙ o ⊙ (1 - tanh²(c_t))
+//   δa_i = δc_t ⊙ g ⊙ i(1 - i)      δa_f = δc_t ⊙ c_{t-1} ⊙ f(1 - f)
+//   δa_g = δc_t ⊙ i ⊙ (1 - g²)      δa_o = δm_t ⊙ tanh(c_t) ⊙ o(1 - o)
+//
+// and from them, for every chunk of steps while its δa are in the cache,
+//
+//   δx = δa·W_ih,  δW_ih += δaᵀ·x,  δW_hh += δaᵀ·h_{t-1},  δb += Σ δa,  δW_hr += δhᵀ·m
+//
+// Every sum has a fixed order. Members own rows and panels of hidden units in the recurrence, and
+// rows of δW and of δx in the products.
+
+// Rows of δa that are turned into gradients of weights at once.
+constexpr int64_t kChunkRows = 256;
+// Elements between tiles of a transposed chunk, into which the last copy of a tile may reach.
+constexpr int64_t kPadding = 16;
+
+template <class Real>
+struct BackwardPlan {
+  const LstmBackward *arguments;
+  Timeline timeline;
+  Sequence<Real> activations, c, x, h, grad_h, grad_c, grad_gates, whole_grad_h, grad_x;
+  State<Real> h0, c0, grad_h_n, grad_c_n;
+  LstmState grad_h0, grad_c0;
+  int64_t inputs, hidden, features;
+  bool projected;
+  Panels hidden_panels;      // W_hh [4H, P]
+  Panels projection_panels;  // W_hr [P, H]
+  Panels input_panels;       // W_ih [4H, I]
+  Panels x_panels, h_panels, m_panels;  // x [rows, I], h_{t-1} [rows, P], m [rows, H] of a chunk
+  Real *packed_hh, *packed_hr, *packed_ih, *packed_x, *packed_h, *packed_m;
+  Real *transposed;       // δaᵀ of a chunk as [tiles][rows][TILE_ROWS]
+  Real *transposed_h;     // δhᵀ of a chunk, where there is a projection
+  Real *gates[2];         // δa of a chunk and of the one before, where grad_gates is not given
+  Real *whole_h[2];       // likewise δh, where there is a projection and whole_grad_h is not given
+  Real *grad_m;           // [B, H], with a projection
+  int64_t chunk_rows;     // rows of a chunk at most
+  Barrier *barriers;
+};
+
+template <class Real>
+class BackwardMember {
+  typedef Simd<Real> S;
+  typedef typename S::Vector Vector;
+  typedef BackwardPlan<Real> Plan;
+
+ public:
+  BackwardMember(const Plan &plan, const Split &split, int64_t member)
+      : plan_(plan),
+        split_(split),
+        member_(member),
+        row_group_(member / split.unit_groups),
+        rows_(share_of(plan.timeline.batch, row_group_, split.row_groups)),
+        mine_(share_of(plan.hidden_panels.count(), member % split.unit_groups,
+                       split.unit_groups)),
+        own_cells_(share_of(plan.projection_panels.count(), member % split.unit_groups,
+                            split.unit_groups)) {}
+
+  void run() {
+    pack_weights();
+    start();
+    meet_all();
+    const Timeline &timeline = plan_.timeline;
+    bool first = true;
+    int64_t parity = 0;
+    for (int64_t end = timeline.steps; end > 0; parity ^= 1) {
+      int64_t begin = end - 1;
+      int64_t rows = timeline.active(begin);
+      while (begin > 0 && rows + timeline.active(begin - 1) <= plan_.chunk_rows) {
+        rows += timeline.active(--begin);
+      }
+      const Chunk chunk = {begin, end, rows, parity};
+      for (int64_t k = end - 1; k >= begin; --k) step(k, chunk);
+      if (has_products()) {
+        meet_all();
+        pack_chunk(chunk);
+        meet_all();
+        multiply_chunk(chunk, first);
+      }
+      first = false;
+      previous_ = chunk;
+      end = begin;
+    }
+    initial_hidden(0, rows_.begin, min(rows_.end, timeline.active(0)));
+  }
+
+ private:
+  // Steps begin ... end-1; the δa of step k lie behind those of the chunk's earlier steps.
+  struct Chunk {
+    int64_t begin, end, rows, parity;
+  };
+
+  const Plan &plan_;
+  const Split &split_;
+  const int64_t member_, row_group_;
+  const Share rows_, mine_, own_cells_;
+  Chunk previous_{0, 0, 0, 0};
+  // Where the δa of the step after the current one begin, and δa of the current one.
+  Real *following_ = nullptr;
+  int64_t following_stride_ = 0;
+
+  bool has_products() const {
+    const LstmBackward &a = *plan_.arguments;
+    return a.grad_weight_ih || a.grad_weight_hh || a.grad_bias || a.grad_weight_hr ||
+           a.grad_x.data;
+  }
+  int64_t gate_width() const { return 4 * plan_.hidden; }
+  void meet() { plan_.barriers[row_group_].wait(split_.unit_groups); }
+  void meet_all() { plan_.barriers[split_.row_groups].wait(split_.members()); }
+
+  int64_t rows_before(const Chunk &chunk, int64_t k) const {
+    if (!plan_.timeline.batch_sizes) return (k - chunk.begin) * plan_.timeline.batch;
+    int64_t rows = 0;
+    for (int64_t j = chunk.begin; j < k; ++j) rows += plan_.timeline.active(j);
+    return rows;
+  }
+  // Row b of step k of a chunk, in a buffer of the chunk or in the output.
+  Real *row_of(const Sequence<Real> &output, Real *const (&buffers)[2], int64_t width,
+               const Chunk &chunk, int64_t before, int64_t k, int64_t b) const {
+    if (output.data) return output.at(plan_.timeline.time(k), b);
+    return buffers[chunk.parity] + (before + b) * width;
+  }
+
+  void pack_weights() {
+    pack(plan_.hidden_panels, plan_.arguments->weight_hh, plan_.packed_hh);
+    if (plan_.projected) {
+      pack(plan_.projection_panels, plan_.arguments->weight_hr, plan_.packed_hr);
+    }
+    if (plan_.grad_x.data) pack(plan_.input_panels, plan_.arguments->weight_ih, plan_.packed_ih);
+  }
+  void pack(const Panels &panels, const void *weight, Real *packed) const {
+    const Share share = share_of(panels.count(), member_, split_.members());
+    const Real *rows = static_cast<const Real *>(weight);
+    for (int64_t p = share.begin; p < share.end; ++p) {
+      pack_panel<Real>(panels, p, packed, [&](int64_t k) { return rows + k * panels.width; });
+    }
+  }
+
+  // δc starts as grad_c_n, in grad_c0, where it stays.
+  void start() {
+    const Share mine = share_of(plan_.timeline.batch, member_, split_.members());
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      __builtin_memcpy(cell_gradient(row), plan_.grad_c_n.at(row), plan_.hidden * sizeof(Real));
+    }
+  }
+  Real *cell_gradient(int64_t row) const {
+    return static_cast<Real *>(plan_.grad_c0.data) + row * plan_.grad_c0.stride_b;
+  }
+
+  void step(int64_t k, const Chunk &chunk) {
+    const Timeline &timeline = plan_.timeline;
+    const int64_t active = timeline.active(k), lasting = timeline.lasting(k);
+    const int64_t before = rows_before(chunk, k);
+    const bool same = k + 1 < chunk.end;
+    const Chunk &next = same ? chunk : previous_;
+    const int64_t next_before = k + 1 == timeline.steps ? 0 : rows_before(next, k + 1);
+    // Rows that begin with the step after this one get the gradient of their initial state.
+    if (k + 1 < timeline.steps && timeline.active(k + 1) > active) {
+      initial_hidden(k + 1, max(rows_.begin, active), min(rows_.end, timeline.active(k + 1)), next,
+                     next_before);
+    }
+    const Share going = {rows_.begin, max(rows_.begin, min(rows_.end, lasting))};
+    const Share ending = {max(rows_.begin, lasting), max(max(rows_.begin, lasting),
+                                                         min(rows_.end, active))};
+    for (int64_t p = mine_.begin; p < mine_.end; ++p) {
+      switch (plan_.hidden_panels.columns(p)) {
+        case 4:
+          hidden_panel<4>(k, p, going, ending, chunk, before, next, next_before);
+          break;
+        case 2:
+          hidden_panel<2>(k, p, going, ending, chunk, before, next, next_before);
+          break;
+        default:
+          hidden_panel<1>(k, p, going, ending, chunk, before, next, next_before);
+      }
+    }
+    if (plan_.projected) {
+      meet();
+      cells_behind_projection(k, {rows_.begin, max(rows_.begin, min(rows_.end, active))}, chunk,
+                              before);
+    }
+    meet();
+  }
+
+  // δh of one panel of hidden units, for rows that have a step after this one and rows that end.
+  template <int COLUMNS>
+  void hidden_panel(int64_t k, int64_t p, Share going, Share ending, const Chunk &chunk,
+                    int64_t before, const Chunk &next, int64_t next_before) {
+    for_each_tile(going, [&](int64_t row, int64_t count) {
+      switch (count) {
+#define CASE(n)                                                              \
+  case n:                                                                    \
+    hidden_tile<n, COLUMNS>(k, row, p, true, chunk, before, next, next_before); \
+    break;
+        CASE(1)
+        CASE(2)
+        CASE(3)
+#if TILE_ROWS > 3
+        CASE(4)
+        CASE(5)
+        CASE(6)
+#endif
+#undef CASE
+      }
+    });
+    for (int64_t row = ending.begin; row < ending.end; ++row) {
+      hidden_tile<1, COLUMNS>(k, row, p, false, chunk, before, next, next_before);
+    }
+  }
+
+  template <int ROWS, int COLUMNS>
+  NOINLINE void hidden_tile(int64_t k, int64_t row, int64_t p, bool going, const Chunk &chunk,
+                   int64_t before, const Chunk &next, int64_t next_before) {
+    const int64_t t = plan_.timeline.time(k);
+    const int64_t first = plan_.hidden_panels.first_column(p);
+    const int64_t filled = plan_.hidden_panels.filled(p);
+    Vector sum[ROWS][COLUMNS] = {};
+    if (going) {
+      const Real *rows[ROWS];
+      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
+        rows[q] = row_of(plan_.grad_gates, plan_.gates, gate_width(), next, next_before, k + 1,
+                         row + q);
+      }
+      accumulate<Real, ROWS, COLUMNS>(sum, rows, plan_.packed_hh + plan_.hidden_panels.offset(p),
+                                      gate_width());
+    }
+    _Pragma("GCC unroll 1") for (int q = 0; q < ROWS; ++q) {
+      const int64_t r = row + q;
+      _Pragma("GCC unroll 1") for (int z = 0; z < COLUMNS; ++z) {
+        const int64_t unit = first + z * S::kWidth, count = filled - z * S::kWidth;
+        if (count <= 0) break;
+        Vector grad = sum[q][z];
+        if (plan_.grad_h.data) grad += S::load(plan_.grad_h.at(t, r) + unit, count);
+        if (!going) grad += S::load(plan_.grad_h_n.at(r) + unit, count);
+        if (plan_.projected) {
+          S::store(row_of(plan_.whole_grad_h, plan_.whole_h, plan_.features, chunk, before, k, r) +
+                       unit,
+                   grad, count);
+        } else {
+          cell(k, r, unit, count, grad, chunk, before);
+        }
+      }
+    }
+  }
+
+  // δm = δh·W_hr, then δa.
+  void cells_behind_projection(int64_t k, Share rows, const Chunk &chunk, int64_t before) {
+    const Panels &panels = plan_.projection_panels;
+    for (int64_t p = own_cells_.begin; p < own_cells_.end; ++p) {
+      const int64_t first = panels.first_column(p), filled = panels.filled(p);
+      for_each_tile(rows, [&](int64_t row, int64_t count) {
+        const Real *in[TILE_ROWS];
+        Real *out[TILE_ROWS];
+        for (int64_t q = 0; q < count; ++q) {
+          in[q] = row_of(plan_.whole_grad_h, plan_.whole_h, plan_.features, chunk, before, k,
+                         row + q);
+          out[q] = plan_.grad_m + (row + q) * plan_.hidden + first;
+        }
+        product<Real>(count, in, panels, p, plan_.packed_hr, out, false);
+        for (int64_t q = 0; q < count; ++q) {
+          for (int64_t unit = 0; unit < filled; unit += S::kWidth) {
+            cell(k, row + q, first + unit, filled - unit, S::load(out[q] + unit, filled - unit),
+                 chunk, before);
+          }
+        }
+      });
+    }
+  }
+
+  // δc and δa of one vector of hidden units.
+  INLINE_MEMBER void cell(int64_t k, int64_t row, int64_t unit, int64_t count, Vector grad_m,
+                          const Chunk &chunk, int64_t before) {
+    const int64_t t = plan_.timeline.time(k), hidden = plan_.hidden;
+    const Real *activations = plan_.activations.at(t, row) + unit;
+    const Vector i = S::load(activations, count), f = S::load(activations + hidden, count);
+    const Vector g = S::load(activations + 2 * hidden, count);
+    const Vector o = S::load(activations + 3 * hidden, count);
+    const Vector c = S::load(plan_.c.at(t, row) + unit, count);
+    const Real *earlier = row < plan_.timeline.continuing(k)
+                              ? plan_.c.at(plan_.timeline.time(k - 1), row)
+                              : plan_.c0.at(row);
+    const Vector squashed = S::tanh(c);
+    Real *carried = cell_gradient(row) + unit;
+    Vector grad_c = S::load(carried, count) + grad_m * o * (Real(1) - squashed * squashed);
+    if (plan_.grad_c.data) grad_c += S::load(plan_.grad_c.at(t, row) + unit, count);
+    S::store(carried, grad_c * f, count);
+    Real *out =
+        row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, before, k, row) + unit;
+    S::store(out, grad_c * g * i * (Real(1) - i), count);
+    S::store(out + hidden, grad_c * S::load(earlier + unit, count) * f * (Real(1) - f), count);
+    S::store(out + 2 * hidden, grad_c * i * (Real(1) - g * g), count);
+    S::store(out + 3 * hidden, grad_m * squashed * o * (Real(1) - o), count);
+  }
+
+  // grad_h0 = δa·W_hh of rows that begin at step k.
+  void initial_hidden(int64_t k, int64_t begin, int64_t end) {
+    initial_hidden(k, begin, end, previous_, rows_before(previous_, k));
+  }
+  void initial_hidden(int64_t k, int64_t begin, int64_t end, const Chunk &chunk, int64_t before) {
+    if (begin >= end) return;
+    for (int64_t p = mine_.begin; p < mine_.end; ++p) {
+      for_each_tile({begin, end}, [&](int64_t row, int64_t count) {
+        const Real *in[TILE_ROWS];
+        Real *out[TILE_ROWS];
+        for (int64_t q = 0; q < count; ++q) {
+          in[q] = row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, before, k, row + q);
+          out[q] = static_cast<Real *>(plan_.grad_h0.data) +
+                   (row + q) * plan_.grad_h0.stride_b + plan_.hidden_panels.first_column(p);
+        }
+        product<Real>(count, in, plan_.hidden_panels, p, plan_.packed_hh, out, false);
+      });
+    }
+  }
+
+  // Call each(row of the chunk, k, b) for the rows begin ... end-1 of a chunk.
+  template <class Each>
+  INLINE_MEMBER void for_each_row(const Chunk &chunk, Share rows, Each each) const {
+    int64_t first = 0;
+    for (int64_t k = chunk.begin; k < chunk.end; ++k) {
+      const int64_t active = plan_.timeline.active(k);
+      const int64_t begin = max(rows.begin, first), end = min(rows.end, first + active);
+      for (int64_t row = begin; row < end; ++row) each(row, k, row - first);
+      first += active;
+    }
+  }
+
+  // Lay out what the products of a chunk read: x, h_{t-1} and m as panels, δa (and δh) transposed.
+  void pack_chunk(const Chunk &chunk) {
+    const LstmBackward &a = *plan_.arguments;
+    if (a.grad_weight_ih) {
+      pack_rows(chunk, plan_.x_panels, plan_.packed_x, [&](int64_t k, int64_t b) {
+        return plan_.x.at(plan_.timeline.time(k), b);
+      });
+    }
+    if (a.grad_weight_hh) {
+      pack_rows(chunk, plan_.h_panels, plan_.packed_h, [&](int64_t k, int64_t b) {
+        return b < plan_.timeline.continuing(k)
+                   ? const_cast<const Real *>(plan_.h.at(plan_.timeline.time(k - 1), b))
+                   : plan_.h0.at(b);
+      });
+    }
+    if (a.grad_weight_hr) pack_cell_outputs(chunk);
+    if (a.grad_weight_ih || a.grad_weight_hh) {
+      transpose(chunk, plan_.grad_gates, plan_.gates, gate_width(), plan_.transposed);
+    }
+    if (a.grad_weight_hr) {
+      transpose(chunk, plan_.whole_grad_h, plan_.whole_h, plan_.features, plan_.transposed_h);
+    }
+  }
+
+  template <class Row>
+  INLINE_MEMBER void pack_rows(const Chunk &chunk, Panels panels, Real *packed, Row row_at) {
+    panels.depth = chunk.rows;
+    const Share rows = share_of(chunk.rows, member_, split_.members());
+    for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t b) {
+      const Real *in = row_at(k, b);
+      for (int64_t p = 0; p < panels.count(); ++p) {
+        const int64_t columns = panels.columns(p), filled = panels.filled(p);
+        Real *out = packed + panels.offset(p) + row * columns * S::kWidth;
+        for (int64_t z = 0; z < columns; ++z) {
+          S::store(out + z * S::kWidth,
+                   S::load(in + panels.first_column(p) + z * S::kWidth, filled - z * S::kWidth));
+        }
+      }
+    });
+  }
+
+  // m = o ⊙ tanh(c), as panels.
+  void pack_cell_outputs(const Chunk &chunk) {
+    Panels panels = plan_.m_panels;
+    panels.depth = chunk.rows;
+    const Share rows = share_of(chunk.rows, member_, split_.members());
+    for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t b) {
+      const int64_t t = plan_.timeline.time(k);
+      const Real *output_gate = plan_.activations.at(t, b) + 3 * plan_.hidden;
+      const Real *c = plan_.c.at(t, b);
+      for (int64_t p = 0; p < panels.count(); ++p) {
+        const int64_t columns = panels.columns(p), filled = panels.filled(p);
+        const int64_t first = panels.first_column(p);
+        Real *out = packed_row(plan_.packed_m, panels, p, row);
+        for (int64_t z = 0; z < columns; ++z) {
+          const int64_t unit = z * S::kWidth, count = filled - unit;
+          S::store(out + unit, S::load(output_gate + first + unit, count) *
+                                   S::tanh(S::load(c + first + unit, count)));
+        }
+      }
+    });
+  }
+  static Real *packed_row(Real *packed, const Panels &panels, int64_t p, int64_t row) {
+    return packed + panels.offset(p) + row * panels.columns(p) * S::kWidth;
+  }
+
+  // Rows of a chunk [rows, width] to [tiles][rows][TILE_ROWS], tiles kPadding apart.
+  void transpose(const Chunk &chunk, const Sequence<Real> &output, Real *const (&buffers)[2],
+                 int64_t width, Real *transposed) {
+    const Share tiles = share_of(divide_up(width, TILE_ROWS), member_, split_.members());
+    const int64_t pitch = chunk.rows * TILE_ROWS + kPadding;
+    int64_t row = 0;
+    for (int64_t k = chunk.begin; k < chunk.end; ++k) {
+      const int64_t active = plan_.timeline.active(k), before = row;
+      for (int64_t b = 0; b < active; ++b, ++row) {
+        const Real *in = row_of(output, buffers, width, chunk, before, k, b);
+        Real *out = transposed + tiles.begin * pitch + row * TILE_ROWS;
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, out += pitch) {
+          const int64_t first = tile * TILE_ROWS;
+          if (first + kCopied <= width) {
+            // As one vector; what is too much is overwritten by the next row, or is padding.
+            __builtin_memcpy(out, in + first, kCopied * sizeof(Real));
+          } else {
+            for (int64_t q = 0; q < min(TILE_ROWS, width - first); ++q) out[q] = in[first + q];
+          }
+        }
+      }
+    }
+  }
+
+  void multiply_chunk(const Chunk &chunk, bool first) {
+    const LstmBackward &a = *plan_.arguments;
+    if (a.grad_bias) add_bias(chunk, static_cast<Real *>(a.grad_bias), first);
+    if (a.grad_weight_ih) {
+      add_weight(chunk, plan_.x_panels, plan_.packed_x, plan_.transposed, gate_width(),
+                 static_cast<Real *>(a.grad_weight_ih), first);
+    }
+    if (a.grad_weight_hh) {
+      add_weight(chunk, plan_.h_panels, plan_.packed_h, plan_.transposed, gate_width(),
+                 static_cast<Real *>(a.grad_weight_hh), first);
+    }
+    if (a.grad_weight_hr) {
+      add_weight(chunk, plan_.m_panels, plan_.packed_m, plan_.transposed_h, plan_.features,
+                 static_cast<Real *>(a.grad_weight_hr), first);
+    }
+    if (plan_.grad_x.data) multiply_inputs(chunk);
+  }
+
+  // weight [width, panels.width] (+)= transposedᵀ · packed
+  void add_weight(const Chunk &chunk, Panels panels, const Real *packed, const Real *transposed,
+                  int64_t width, Real *weight, bool first) {
+    panels.depth = chunk.rows;
+    const Share tiles = share_of(divide_up(width, TILE_ROWS), member_, split_.members());
+    // As many panels at a time as stay in the cache while all tiles pass by.
+    const int64_t group = max(1, kCachedBytes / int64_t(sizeof(Real)) /
+                                     (panels.wide * S::kWidth * chunk.rows));
+    for (int64_t begin = 0; begin < panels.count(); begin += group) {
+      const int64_t end = min(begin + group, panels.count());
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const int64_t row = tile * TILE_ROWS, count = min(TILE_ROWS, width - row);
+        for (int64_t p = begin; p < end; ++p) {
+          const Real *in[TILE_ROWS];
+          Real *out[TILE_ROWS];
+          for (int64_t q = 0; q < count; ++q) {
+            in[q] = transposed + tile * (chunk.rows * TILE_ROWS + kPadding) + q;
+            out[q] = weight + (row + q) * panels.width + panels.first_column(p);
+          }
+          product<Real, TILE_ROWS>(count, in, panels, p, packed, out, !first);
+        }
+      }
+    }
+  }
+
+  void add_bias(const Chunk &chunk, Real *bias, bool first) {
+    const int64_t vectors = divide_up(gate_width(), S::kWidth);
+    const Share mine = share_of(vectors, member_, split_.members());
+    for (int64_t v = mine.begin; v < mine.end; ++v) {
+      const int64_t column = v * S::kWidth, count = gate_width() - column;
+      Vector sum = first ? Vector{} : S::load(bias + column, count);
+      int64_t before = 0;
+      for (int64_t k = chunk.begin; k < chunk.end; ++k) {
+        const int64_t active = plan_.timeline.active(k);
+        for (int64_t b = 0; b < active; ++b) {
+          sum += S::load(row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, before, k, b) +
+                             column,
+                         count);
+        }
+        before += active;
+      }
+      S::store(bias + column, sum, count);
+    }
+  }
+
+  // δx = δa·W_ih
+  void multiply_inputs(const Chunk &chunk) {
+    const Panels &panels = plan_.input_panels;
+    const Share rows = share_of(chunk.rows, member_, split_.members());
+    constexpr int64_t kGroup = 8 * TILE_ROWS;
+    const Real *in[kGroup];
+    Real *out[kGroup];
+    for (int64_t begin = rows.begin; begin < rows.end; begin += kGroup) {
+      const int64_t end = min(begin + kGroup, rows.end);
+      for_each_row(chunk, {begin, end}, [&](int64_t row, int64_t k, int64_t b) {
+        in[row - begin] =
+            row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, row - b, k, b);
+        out[row - begin] = plan_.grad_x.at(plan_.timeline.time(k), b);
+      });
+      for (int64_t p = 0; p < panels.count(); ++p) {
+        for_each_tile({0, end - begin}, [&](int64_t row, int64_t count) {
+          Real *columns[TILE_ROWS];
+          for (int64_t q = 0; q < count; ++q) {
+            columns[q] = out[row + q] + panels.first_column(p);
+          }
+          product<Real>(count, in + row, panels, p, plan_.packed_ih, columns, false);
+        });
+      }
+    }
+  }
+
+  static constexpr int64_t kCachedBytes = int64_t{512} << 10;
+  static constexpr int64_t kCopied = TILE_ROWS > 4 ? 8 : 4;  // TILE_ROWS, up to a power of two
+};

@@ -1,0 +1,574 @@
+"""Calls the native kernels with tensors: shapes in, pointers out.
+
+Dimensions: `T` time steps, `B` batch, `I` input features, `H` hidden units, `P` features of h (H,
+or the size of the projection), `D` directions, `N` rows of a packed batch. Gate order i, f, g, o.
+
+The callers have checked shapes, dtypes and devices: a tensor that is not shaped as the docstrings
+say is read or written beyond its end.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .library import load
+
+__all__ = [
+    "DTYPES",
+    "LayerForward",
+    "LayerGradients",
+    "Weights",
+    "layer_backward",
+    "layer_forward",
+    "lstm_backward",
+    "lstm_forward",
+]
+
+# LstmDtype in lstm.h.
+DTYPES = {torch.float32: 0, torch.float64: 1}
+
+# LstmForward and LstmBackward in lstm.h: eight bytes a field.
+_FORWARD = struct.Struct("=35q")
+_BACKWARD = struct.Struct("=53q")
+
+# LstmStatus in lstm.h.
+_OUT_OF_MEMORY = 1
+
+# An LstmSequence and an LstmState that are not given.
+_NO_SEQUENCE = (0, 0, 0)
+_NO_STATE = (0, 0)
+
+# An index into `Library.instruction_sets`: the best one. Tests run the others.
+_instruction_set = 0
+
+# Weights of one direction: ih [4H, I], hh [4H, P], bias_ih [4H] or None, bias_hh [4H] or None,
+# hr [P, H] or None.
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+class LayerForward(NamedTuple):
+    """What a layer computes.
+
+    Attributes:
+        output: [T, B, D·P], whatever the input's layout, or [N, D·P]; for a cell it is h_n.
+        h_n: like h0.
+        c_n: like c0.
+        c: [D·T·B, H] or [D·N, H], for a cell c_n; None unless saved.
+        activations: [D·T·B, 4H] or [D·N, 4H], σ(a_i), σ(a_f), tanh(a_g), σ(a_o); likewise.
+    """
+
+    output: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    c: Tensor | None
+    activations: Tensor | None
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of a layer.
+
+    Attributes:
+        input: like the input, or None if it is not wanted.
+        h0: like h0.
+        c0: like c0.
+        weights: for each direction, like its weights, or None if they are not wanted; the two
+            biases share one tensor.
+    """
+
+    input: Tensor | None
+    h0: Tensor
+    c0: Tensor
+    weights: list[tuple[Tensor | None, ...]]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, with its last dimension contiguous."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _rows_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _rows(tensor)
+
+
+def _sequence(tensor: Tensor | None, packed: bool) -> tuple[int, int, int]:
+    """Address and strides of [T, B, F] or packed rows [N, F]: an LstmSequence."""
+    if tensor is None or not tensor.numel():
+        return _NO_SEQUENCE
+    if packed:
+        return tensor.data_ptr(), 0, tensor.stride(0)
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and stride of [B, F]: an LstmState."""
+    return _NO_STATE if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check(status: int, direction: str) -> None:
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError(f"the native {direction} kernel found no memory for its scratch")
+    if status:
+        raise RuntimeError(f"the native {direction} kernel refused its arguments ({status})")
+
+
+def lstm_forward(
+    gates: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    save_activations: bool,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute one recurrence from its gates.
+
+    Args:
+        gates: [T, B, 4H] or packed rows [N, 4H], x·W_ihᵀ + b_ih + b_hh.
+        weight_hh: [4H, P].
+        h0: [B, P].
+        c0: [B, H].
+        weight_hr: [P, H] or None.
+        batch_sizes: [T] int64 on the CPU for packed rows, else None.
+        reverse: whether time runs from T-1 to 0.
+        save_activations: whether the activated gates are wanted.
+        save_cells: whether the cell states are wanted.
+
+    Returns:
+        h, c, activations, h_n and c_n; c and activations are empty where not wanted.
+
+    Raises:
+        LibraryUnavailableError: if there is no native library.
+        MemoryError: if there is no memory for the packed weights.
+    """
+    packed = batch_sizes is not None
+    hidden, features, batch = gates.shape[-1] // 4, weight_hh.shape[1], h0.shape[0]
+    leading, dtype = gates.shape[:-1], gates.dtype
+    gates, h0, c0, weight_hh = _rows(gates), _rows(h0), _rows(c0), weight_hh.contiguous()
+    weight_hr = None if weight_hr is None else weight_hr.contiguous()
+    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
+    h = torch.empty((*leading, features), dtype=dtype)
+    c = torch.empty((*leading, hidden) if save_cells else (0,), dtype=dtype)
+    activations = torch.empty((*leading, 4 * hidden) if save_activations else (0,), dtype=dtype)
+    h_n = torch.empty((batch, features), dtype=dtype)
+    c_n = torch.empty((batch, hidden), dtype=dtype)
+    if batch:
+        structure = _FORWARD.pack(
+            gates.shape[0] if batch_sizes is None else len(batch_sizes),
+            batch,
+            0,
+            hidden,
+            features,
+            reverse,
+            _address(batch_sizes),
+            *_sequence(gates, packed),
+            *_NO_SEQUENCE,
+            0,
+            0,
+            0,
+            weight_hh.data_ptr(),
+            _address(weight_hr),
+            *_state(h0),
+            *_state(c0),
+            *_sequence(h, packed),
+            *_sequence(c, packed),
+            *_sequence(activations, packed),
+            *_state(h_n),
+            *_state(c_n),
+        )
+        run, threads = load().forward, torch.get_num_threads()
+        _check(run(structure, 1, DTYPES[dtype], threads, _instruction_set), "forward")
+    return h, c, activations, h_n, c_n
+
+
+def lstm_backward(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    activations: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Differentiate one recurrence.
+
+    Args:
+        grad_h: like h, or None for zeros; so for the other gradients.
+        grad_c: like c.
+        grad_h_n: [B, P].
+        grad_c_n: [B, H].
+        activations: as `lstm_forward` returned them.
+        c: likewise.
+        weight_hh: [4H, P], as in the forward pass, and so for what follows.
+        c0: [B, H].
+        weight_hr: [P, H] or None.
+        batch_sizes: [T] int64 on the CPU, or None.
+        reverse: whether time ran from T-1 to 0.
+
+    Returns:
+        Gradients of gates, h0 and c0, and the whole δh where there is a projection, else None.
+
+    Raises:
+        LibraryUnavailableError: if there is no native library.
+        MemoryError: if there is no memory for the packed weights.
+    """
+    packed = batch_sizes is not None
+    (batch, hidden), features, dtype = c0.shape, weight_hh.shape[1], activations.dtype
+    activations, c, c0 = _rows(activations), _rows(c), _rows(c0)
+    weight_hh = weight_hh.contiguous()
+    weight_hr = None if weight_hr is None else weight_hr.contiguous()
+    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
+    grad_h, grad_c = _rows_or_none(grad_h), _rows_or_none(grad_c)
+    grad_h_n, grad_c_n = _rows_or_none(grad_h_n), _rows_or_none(grad_c_n)
+    grad_gates = torch.empty(activations.shape, dtype=dtype)
+    whole = None
+    if weight_hr is not None:
+        whole = torch.empty((*activations.shape[:-1], features), dtype=dtype)
+    grad_h0 = torch.empty((batch, features), dtype=dtype)
+    grad_c0 = torch.empty((batch, hidden), dtype=dtype)
+    if batch:
+        structure = _BACKWARD.pack(
+            activations.shape[0] if batch_sizes is None else len(batch_sizes),
+            batch,
+            0,
+            hidden,
+            features,
+            reverse,
+            _address(batch_sizes),
+            *_sequence(activations, packed),
+            *_sequence(c, packed),
+            *_NO_SEQUENCE,
+            *_NO_SEQUENCE,
+            0,
+            weight_hh.data_ptr(),
+            _address(weight_hr),
+            *_NO_STATE,
+            *_state(c0),
+            *_sequence(grad_h, packed),
+            *_sequence(grad_c, packed),
+            *_state(grad_h_n),
+            *_state(grad_c_n),
+            *_sequence(grad_gates, packed),
+            *_sequence(whole, packed),
+            *_NO_SEQUENCE,
+            0,
+            0,
+            0,
+            0,
+            *_state(grad_h0),
+            *_state(grad_c0),
+        )
+        run, threads = load().backward, torch.get_num_threads()
+        _check(run(structure, 1, DTYPES[dtype], threads, _instruction_set), "backward")
+    return grad_gates, grad_h0, grad_c0, whole
+
+
+def _time_and_batch(tensor: Tensor, batch_first: bool) -> tuple[int, int]:
+    """Strides of time and batch of [T, B, F], [B, T, F] with batch_first, or [N, F] and [B, F]."""
+    strides = tensor.stride()
+    if len(strides) == 2:
+        return 0, strides[0]
+    return (strides[1], strides[0]) if batch_first else (strides[0], strides[1])
+
+
+def _steps_and_rows(
+    input: Tensor, batch: int, batch_sizes: Tensor | None, batch_first: bool
+) -> tuple[int, int]:
+    """T, and the rows of all steps."""
+    if batch_sizes is not None:
+        return batch_sizes.shape[0], input.shape[0]
+    shape = input.shape
+    steps = 1 if len(shape) == 2 else shape[1] if batch_first else shape[0]
+    return steps, steps * batch
+
+
+# By position and with pointer arithmetic from here on: for small models the microseconds of a
+# tensor's view are more than the kernel's.
+
+
+def layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    save: bool,
+) -> LayerForward:
+    """Compute one layer in all its directions, side by side where there are threads for it.
+
+    Args:
+        x: [T, B, I], [B, T, I] with batch_first, or packed rows [N, I]; [B, I] for a cell.
+        h0: [D, B, P]; [B, P] for a cell.
+        c0: [D, B, H]; [B, H] for a cell.
+        weights: one for each of the D directions; the second runs backwards in time.
+        batch_sizes: [T] int64 on the CPU for packed rows, else None.
+        batch_first: how the input is laid out; packed rows are neither.
+        save: whether `layer_backward` will be called.
+
+    Raises:
+        LibraryUnavailableError: if there is no native library.
+        MemoryError: if there is no memory for the packed weights.
+    """
+    dtype, directions = x.dtype, len(weights)
+    x, h0, c0 = _rows(x), _rows(h0), _rows(c0)
+    *_, batch, features = state_shape = h0.shape
+    inputs, hidden = x.shape[-1], c0.shape[-1]
+    packed = batch_sizes is not None
+    steps, rows = _steps_and_rows(x, batch, batch_sizes, batch_first)
+    new = x.new_empty
+    h_n, c_n = new(*state_shape), new(*c0.shape)
+    c = activations = None
+    if save:
+        activations = new(directions * rows, 4 * hidden)
+    if len(state_shape) == 2:
+        output = h_n
+        c = c_n if save else None
+    else:
+        if packed:
+            output = new(rows, directions * features)
+        else:
+            output = new(steps, batch, directions * features)
+        if save:
+            c = new(directions * rows, hidden)
+    if not batch:
+        return LayerForward(output, h_n, c_n, c, activations)
+    size = dtype.itemsize
+    x_address, x_strides = x.data_ptr(), _time_and_batch(x, batch_first)
+    out_address, out_strides = output.data_ptr(), _time_and_batch(output, False)
+    h0_stride, c0_stride = h0.stride()[-2], c0.stride()[-2]
+    h0_step = c0_step = 0
+    if directions > 1:
+        h0_step, c0_step = h0.stride(0) * size, c0.stride(0) * size
+    h0_address, c0_address = h0.data_ptr(), c0.data_ptr()
+    h_n_address, c_n_address = h_n.data_ptr(), c_n.data_ptr()
+    c_address = 0 if c is None else c.data_ptr()
+    activations_address = 0 if activations is None else activations.data_ptr()
+    row_stride = 0 if packed else batch
+    if batch_sizes is not None:
+        batch_sizes = batch_sizes.contiguous()
+    batch_sizes_address = 0 if batch_sizes is None else batch_sizes.data_ptr()
+    structures = b""
+    alive = []
+    for d, (ih, hh, bias_ih, bias_hh, hr) in enumerate(weights):
+        ih, hh = ih.contiguous(), hh.contiguous()
+        alive.append((ih, hh))
+        bias_ih_address = bias_hh_address = hr_address = 0
+        if bias_ih is not None and bias_hh is not None:
+            bias_ih, bias_hh = bias_ih.contiguous(), bias_hh.contiguous()
+            alive.append((bias_ih, bias_hh))
+            bias_ih_address, bias_hh_address = bias_ih.data_ptr(), bias_hh.data_ptr()
+        if hr is not None:
+            hr = hr.contiguous()
+            alive.append((hr, hr))
+            hr_address = hr.data_ptr()
+        structures += _FORWARD.pack(
+            steps,
+            batch,
+            inputs,
+            hidden,
+            features,
+            d,
+            batch_sizes_address,
+            0,
+            0,
+            0,
+            x_address,
+            *x_strides,
+            ih.data_ptr(),
+            bias_ih_address,
+            bias_hh_address,
+            hh.data_ptr(),
+            hr_address,
+            h0_address + d * h0_step,
+            h0_stride,
+            c0_address + d * c0_step,
+            c0_stride,
+            out_address + d * features * size,
+            *out_strides,
+            c_address and c_address + d * rows * hidden * size,
+            row_stride * hidden,
+            hidden,
+            activations_address and activations_address + d * rows * 4 * hidden * size,
+            row_stride * 4 * hidden,
+            4 * hidden,
+            h_n_address + d * batch * features * size,
+            features,
+            c_n_address + d * batch * hidden * size,
+            hidden,
+        )
+    status = load().forward(
+        structures, directions, DTYPES[dtype], torch.get_num_threads(), _instruction_set
+    )
+    if status:
+        _check(status, "forward")
+    return LayerForward(output, h_n, c_n, c, activations)
+
+
+def layer_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    output: Tensor,
+    c: Tensor,
+    activations: Tensor,
+    want_input: bool,
+    want_weights: bool,
+) -> LayerGradients:
+    """Differentiate one layer.
+
+    Args:
+        grad_output: like the output, or None for zeros; so for the other two.
+        grad_h_n: like h_n.
+        grad_c_n: like c_n.
+        x: as in the forward pass, and so for what follows.
+        h0: [D, B, P] or [B, P].
+        c0: [D, B, H] or [B, H].
+        weights: one for each direction.
+        batch_sizes: [T] or None.
+        batch_first: how the input is laid out.
+        output: what the forward pass computed, and so for the next two.
+        c: [D·T·B, H] or [D·N, H].
+        activations: [D·T·B, 4H] or [D·N, 4H].
+        want_input: whether a gradient of the input is wanted.
+        want_weights: whether gradients of the weights are wanted.
+
+    Raises:
+        LibraryUnavailableError: if there is no native library.
+        MemoryError: if there is no memory for the packed weights.
+    """
+    dtype, directions = x.dtype, len(weights)
+    x, h0, c0 = _rows(x), _rows(h0), _rows(c0)
+    batch, features = h0.shape[-2:]
+    inputs, hidden = x.shape[-1], c0.shape[-1]
+    packed = batch_sizes is not None
+    steps, rows = _steps_and_rows(x, batch, batch_sizes, batch_first)
+    row_stride = 0 if packed else batch
+    size = dtype.itemsize
+    new = x.new_empty
+    grad_inputs = [new(*x.shape) for _ in weights] if want_input else []
+    grad_h0, grad_c0 = new(*h0.shape), new(*c0.shape)
+    grad_weights: list[tuple[Tensor | None, ...]] = []
+    alive = []
+    if grad_output is not None:
+        grad_output = _rows(grad_output)
+        grad_output_at = grad_output.data_ptr(), *_time_and_batch(grad_output, False)
+    else:
+        grad_output_at = _NO_SEQUENCE
+    grad_states = []
+    for grad in (grad_h_n, grad_c_n):
+        if grad is None:
+            grad_states.append((0, 0, 0))
+        else:
+            grad = _rows(grad)
+            alive.append(grad)
+            step = grad.stride(0) * size if directions > 1 else 0
+            grad_states.append((grad.data_ptr(), grad.stride(-2), step))
+    (gh_address, gh_stride, gh_step), (gc_address, gc_stride, gc_step) = grad_states
+    x_address, x_strides = x.data_ptr(), _time_and_batch(x, batch_first)
+    out_address, out_strides = output.data_ptr(), _time_and_batch(output, False)
+    h0_address, c0_address = h0.data_ptr(), c0.data_ptr()
+    h0_step, c0_step = (h0.stride(0) * size, c0.stride(0) * size) if directions > 1 else (0, 0)
+    c_address, activations_address = c.data_ptr(), activations.data_ptr()
+    gh0_address, gc0_address = grad_h0.data_ptr(), grad_c0.data_ptr()
+    if batch_sizes is not None:
+        batch_sizes = batch_sizes.contiguous()
+    structures = b""
+    for d, (ih, hh, bias_ih, _, hr) in enumerate(weights):
+        ih, hh = ih.contiguous(), hh.contiguous()
+        hr = None if hr is None else hr.contiguous()
+        alive += [ih, hh, hr]
+        part = d * features * size
+        grad_input_at = _NO_SEQUENCE
+        if want_input:
+            grad_input_at = grad_inputs[d].data_ptr(), *_time_and_batch(grad_inputs[d], batch_first)
+        grad_ih = grad_hh = grad_bias = grad_hr = None
+        if want_weights:
+            grad_ih = new(*ih.shape)
+            grad_hh = new(*hh.shape)
+            grad_bias = None if bias_ih is None else new(*bias_ih.shape)
+            grad_hr = None if hr is None else new(*hr.shape)
+        grad_weights.append((grad_ih, grad_hh, grad_bias, grad_bias, grad_hr))
+        structures += _BACKWARD.pack(
+            steps,
+            batch,
+            inputs,
+            hidden,
+            features,
+            d,
+            _address(batch_sizes),
+            activations_address + d * rows * 4 * hidden * size,
+            row_stride * 4 * hidden,
+            4 * hidden,
+            c_address + d * rows * hidden * size,
+            row_stride * hidden,
+            hidden,
+            x_address,
+            *x_strides,
+            out_address + part,
+            *out_strides,
+            ih.data_ptr(),
+            hh.data_ptr(),
+            _address(hr),
+            h0_address + d * h0_step,
+            h0.stride(-2),
+            c0_address + d * c0_step,
+            c0.stride(-2),
+            grad_output_at[0] and grad_output_at[0] + part,
+            *grad_output_at[1:],
+            *_NO_SEQUENCE,
+            gh_address + d * gh_step,
+            gh_stride,
+            gc_address + d * gc_step,
+            gc_stride,
+            *_NO_SEQUENCE,
+            *_NO_SEQUENCE,
+            *grad_input_at,
+            _address(grad_ih),
+            _address(grad_hh),
+            _address(grad_bias),
+            _address(grad_hr),
+            gh0_address + d * batch * features * size,
+            features,
+            gc0_address + d * batch * hidden * size,
+            hidden,
+        )
+    if batch:
+        status = load().backward(
+            structures, directions, DTYPES[dtype], torch.get_num_threads(), _instruction_set
+        )
+        if status:
+            _check(status, "backward")
+    else:
+        for grads in grad_weights:
+            for grad in grads:
+                if grad is not None:
+                    grad.zero_()
+    grad_input = None
+    if want_input:
+        grad_input, *others = grad_inputs
+        for other in others:
+            grad_input += other
+    return LayerGradients(grad_input, grad_h0, grad_c0, grad_weights)

@@ -1,0 +1,172 @@
+// The C interface, and the kernels once per instruction set.
+
+#include "lstm.h"
+
+#include <pthread.h>
+
+#include <cstdint>
+#include <new>
+
+#include "layout.h"
+#include "team.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Arithmetic below which a thread costs more than it brings: to start it, and to meet it after
+// every step.
+constexpr double kFlopsOfAThread = 400e3;
+constexpr double kFlopsOfAMeeting = 20e3;
+// Rows of a group at least, and the bytes of W_hh that each group may read at every step.
+constexpr int64_t kRowsOfAGroup = 4;
+constexpr int64_t kCachedWeights = int64_t{1} << 20;
+// Rows, over all steps, that repay a rearrangement of the weights.
+constexpr int64_t kPackedRows = 24;
+
+// The OpenMP runtime of the process, handed over by fused_lstm_set_openmp.
+struct OpenMP {
+  void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+  int (*thread_num)();
+  int (*num_threads)();
+} openmp = {};
+
+// A child of fork has none of its parent's threads, and OpenMP does not know.
+bool forked = false;
+
+Scratch &scratch() {
+  thread_local Scratch own;
+  return own;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DISPATCH_X86
+#endif
+
+#ifdef DISPATCH_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+#define HAS_AVX512
+#define VECTOR_BYTES 64
+#define TILE_ROWS 6
+#include "kernels.h"
+#undef HAS_AVX512
+#undef VECTOR_BYTES
+#undef TILE_ROWS
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define VECTOR_BYTES 32
+#define TILE_ROWS 3
+#include "kernels.h"
+#undef VECTOR_BYTES
+#undef TILE_ROWS
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+namespace baseline {
+#define VECTOR_BYTES 16
+#ifdef __aarch64__
+#define TILE_ROWS 6
+#else
+#define TILE_ROWS 3
+#endif
+#include "kernels.h"
+#undef VECTOR_BYTES
+#undef TILE_ROWS
+}  // namespace baseline
+
+struct InstructionSet {
+  const char *name;
+  bool (*supported)();
+  int32_t (*forward)(const LstmForward *, int64_t, int64_t, int64_t, Scratch &);
+  int32_t (*backward)(const LstmBackward *, int64_t, int64_t, int64_t, Scratch &);
+};
+
+// Best first; the last one runs everywhere.
+const InstructionSet kInstructionSets[] = {
+#ifdef DISPATCH_X86
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+     },
+     avx512::forward, avx512::backward},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     avx2::forward, avx2::backward},
+#endif
+    {"baseline", [] { return true; }, baseline::forward, baseline::backward},
+};
+
+// Those that this CPU has.
+struct Supported {
+  const InstructionSet *sets[3] = {};
+  int64_t count = 0;
+  char names[64] = "";
+
+  Supported() {
+    char *end = names;
+    for (const InstructionSet &set : kInstructionSets) {
+      if (!set.supported()) continue;
+      if (count) *end++ = ',';
+      for (const char *c = set.name; *c; ++c) *end++ = *c;
+      sets[count++] = &set;
+    }
+    *end = 0;
+  }
+};
+
+const Supported &supported() {
+  static const Supported once;
+  return once;
+}
+
+template <class Arguments, class Run>
+int32_t checked(const Arguments *recurrences, int64_t count, int64_t threads,
+                int64_t instruction_set, Run run) {
+  const Supported &sets = supported();
+  if (!recurrences || count < 1 || instruction_set < 0 || instruction_set >= sets.count) {
+    return kLstmBadArgument;
+  }
+  const bool alone = forked || !openmp.parallel || threads < 1;
+  return run(*sets.sets[instruction_set], alone ? 1 : threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t fused_lstm_abi_version() { return kLstmAbiVersion; }
+
+const char *fused_lstm_instruction_sets() { return supported().names; }
+
+void fused_lstm_set_openmp(void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
+                           int (*thread_num)(), int (*num_threads)()) {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  openmp = registered == 0 ? OpenMP{parallel, thread_num, num_threads} : OpenMP{};
+}
+
+int32_t fused_lstm_forward(const LstmForward *recurrences, int64_t count, int64_t dtype,
+                           int64_t threads, int64_t instruction_set) {
+  return checked(recurrences, count, threads, instruction_set,
+                 [&](const InstructionSet &set, int64_t used) {
+                   return set.forward(recurrences, count, dtype, used, scratch());
+                 });
+}
+
+int32_t fused_lstm_backward(const LstmBackward *recurrences, int64_t count, int64_t dtype,
+                            int64_t threads, int64_t instruction_set) {
+  return checked(recurrences, count, threads, instruction_set,
+                 [&](const InstructionSet &set, int64_t used) {
+                   return set.backward(recurrences, count, dtype, used, scratch());
+                 });
+}
+
+}  // extern "C"

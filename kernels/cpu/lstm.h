@@ -1,0 +1,118 @@
+// The C interface of the native CPU kernels: the whole LSTM recurrence, forward and backward.
+//
+// Dimensions: T time steps, B batch, I input features, H hidden units, P features of h (H, or the
+// size of the projection), N rows (T*B, or the sum of batch_sizes). Gate order i, f, g, o.
+//
+// Every field is eight bytes wide, so that a caller without a C compiler can pack the structures as
+// an array. Strides count elements; the last dimension of every tensor is contiguous. A tensor
+// "[T, B, F]" is addressed as base + t*stride_t + b*stride_b, or, where batch_sizes is given, as
+// base + (rows of earlier steps + b)*stride_b. The caller has checked every shape.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// Raised with every change of the structures or functions below.
+constexpr int64_t kLstmAbiVersion = 1;
+
+enum LstmDtype : int64_t { kLstmFloat32 = 0, kLstmFloat64 = 1 };
+
+enum LstmStatus : int32_t { kLstmOk = 0, kLstmOutOfMemory = 1, kLstmBadArgument = 2 };
+
+// A tensor [T, B, F], or [N, F] rows of a packed batch; data is null where it is not given.
+struct LstmSequence {
+  void *data;
+  int64_t stride_t;
+  int64_t stride_b;
+};
+
+// A tensor [B, F]; data is null where it is not given.
+struct LstmState {
+  void *data;
+  int64_t stride_b;
+};
+
+// One recurrence to compute: one direction of one layer.
+struct LstmForward {
+  int64_t steps;               // T
+  int64_t batch;               // B
+  int64_t input_size;          // I; 0 where `gates` is given
+  int64_t hidden_size;         // H
+  int64_t features;            // P; H without a projection
+  int64_t reverse;             // whether time runs from T-1 to 0
+  const int64_t *batch_sizes;  // [T], rows active at each step, not increasing; or null
+  LstmSequence gates;          // in  [T, B, 4H], or null: computed from x
+  LstmSequence x;              // in  [T, B, I], or null
+  const void *weight_ih;       // in  [4H, I], or null with `gates`
+  const void *bias_ih;         // in  [4H] or null
+  const void *bias_hh;         // in  [4H] or null
+  const void *weight_hh;       // in  [4H, P]
+  const void *weight_hr;       // in  [P, H], or null without a projection
+  LstmState h0;                // in  [B, P], or null for zeros
+  LstmState c0;                // in  [B, H], or null for zeros
+  LstmSequence h;              // out [T, B, P]
+  LstmSequence c;              // out [T, B, H], or null
+  LstmSequence activations;    // out [T, B, 4H], sigma(a_i), sigma(a_f), tanh(a_g), sigma(a_o); or null
+  LstmState h_n;               // out [B, P]
+  LstmState c_n;               // out [B, H]
+};
+
+// One recurrence to differentiate.
+struct LstmBackward {
+  int64_t steps;
+  int64_t batch;
+  int64_t input_size;  // 0 where neither grad_x nor grad_weight_ih nor grad_bias is wanted
+  int64_t hidden_size;
+  int64_t features;
+  int64_t reverse;
+  const int64_t *batch_sizes;
+  LstmSequence activations;  // in  [T, B, 4H], as the forward pass left them
+  LstmSequence c;            // in  [T, B, H], likewise
+  LstmSequence x;            // in  [T, B, I], or null
+  LstmSequence h;            // in  [T, B, P], or null where grad_weight_hh is not wanted
+  const void *weight_ih;     // in  [4H, I], or null where grad_x is not wanted
+  const void *weight_hh;     // in  [4H, P]
+  const void *weight_hr;     // in  [P, H] or null
+  LstmState h0;              // in  [B, P], or null for zeros
+  LstmState c0;              // in  [B, H], or null for zeros
+  LstmSequence grad_h;       // in  [T, B, P], or null for zeros
+  LstmSequence grad_c;       // in  [T, B, H], or null for zeros
+  LstmState grad_h_n;        // in  [B, P], or null for zeros
+  LstmState grad_c_n;        // in  [B, H], or null for zeros
+  LstmSequence grad_gates;   // out [T, B, 4H], or null
+  LstmSequence whole_grad_h; // out [T, B, P] with a projection, or null
+  LstmSequence grad_x;       // out [T, B, I], or null
+  void *grad_weight_ih;      // out [4H, I], or null
+  void *grad_weight_hh;      // out [4H, P], or null
+  void *grad_bias;           // out [4H], or null
+  void *grad_weight_hr;      // out [P, H], or null
+  LstmState grad_h0;         // out [B, P]
+  LstmState grad_c0;         // out [B, H]
+};
+
+// The version of this interface that the library was built with.
+int64_t fused_lstm_abi_version();
+
+// Names of the instruction sets that were compiled in and that this CPU has, best first, separated
+// by commas, such as "avx512,avx2,baseline".
+const char *fused_lstm_instruction_sets();
+
+// Hand over the OpenMP runtime that runs the threads: the one PyTorch uses, so that a process never
+// holds two. Without it everything runs on the calling thread.
+//   parallel:    GOMP_parallel(function, data, num_threads, flags)
+//   thread_num:  omp_get_thread_num()
+//   num_threads: omp_get_num_threads()
+void fused_lstm_set_openmp(void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
+                           int (*thread_num)(), int (*num_threads)());
+
+// Compute `count` independent recurrences, side by side where there are threads for it.
+//   instruction_set: an index into fused_lstm_instruction_sets().
+int32_t fused_lstm_forward(const LstmForward *recurrences, int64_t count, int64_t dtype,
+                           int64_t threads, int64_t instruction_set);
+
+// Differentiate `count` independent recurrences.
+int32_t fused_lstm_backward(const LstmBackward *recurrences, int64_t count, int64_t dtype,
+                            int64_t threads, int64_t instruction_set);
+
+}  // extern "C"

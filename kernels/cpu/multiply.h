@@ -1,0 +1,140 @@
+// Matrix products on register tiles, and the panels they read. Included once per instruction set,
+// after simd.h.
+
+// sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], k < depth.
+template <class Real, int ROWS, int COLUMNS, int STEP = 1>
+INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
+                       const Real *const (&rows)[ROWS], const Real *__restrict panel,
+                       int64_t depth) {
+  typedef Simd<Real> S;
+  typedef typename S::Vector Vector;
+  constexpr int64_t kStep = COLUMNS * S::kWidth;
+  int64_t k = 0;
+  if constexpr (ROWS * COLUMNS < 8) {
+    // Too few sums to hide the latency of an addition: a second set takes every other k.
+    Vector odd[ROWS][COLUMNS] = {};
+    for (; k + 1 < depth; k += 2, panel += 2 * kStep) {
+      Vector w[2][COLUMNS];
+      _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
+        w[0][z] = S::load(panel + z * S::kWidth);
+        w[1][z] = S::load(panel + kStep + z * S::kWidth);
+      }
+      _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
+        const Vector a = S::broadcast(rows[r][k * STEP]);
+        const Vector b = S::broadcast(rows[r][(k + 1) * STEP]);
+        _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
+          sum[r][z] += a * w[0][z];
+          odd[r][z] += b * w[1][z];
+        }
+      }
+    }
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
+      _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) sum[r][z] += odd[r][z];
+    }
+  }
+  for (; k < depth; ++k, panel += kStep) {
+    Vector w[COLUMNS];
+    _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) w[z] = S::load(panel + z * S::kWidth);
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
+      const Vector a = S::broadcast(rows[r][k * STEP]);
+      _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) sum[r][z] += a * w[z];
+    }
+  }
+}
+
+// out[r][0 ... filled-1] (+)= rows[r] · panel
+template <class Real, int ROWS, int COLUMNS, int STEP>
+static void product_tile(const Real *const *rows, const Real *panel, int64_t depth,
+                         Real *const *out, int64_t filled, bool add) {
+  typedef Simd<Real> S;
+  typename S::Vector sum[ROWS][COLUMNS] = {};
+  const Real *a[ROWS];
+  _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) a[r] = rows[r];
+  accumulate<Real, ROWS, COLUMNS, STEP>(sum, a, panel, depth);
+  _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
+    _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
+      const int64_t count = filled - z * S::kWidth;
+      if (count <= 0) break;
+      Real *p = out[r] + z * S::kWidth;
+      S::store(p, add ? sum[r][z] + S::load(p, count) : sum[r][z], count);
+    }
+  }
+}
+
+template <class Real, int COLUMNS, int STEP>
+static void product_columns(int64_t count, const Real *const *rows, const Real *panel,
+                            int64_t depth, Real *const *out, int64_t filled, bool add) {
+  switch (count) {
+#define CASE(n)                                                                       \
+  case n:                                                                             \
+    return product_tile<Real, n, COLUMNS, STEP>(rows, panel, depth, out, filled, add);
+    CASE(1)
+    CASE(2)
+    CASE(3)
+#if TILE_ROWS > 3
+    CASE(4)
+    CASE(5)
+    CASE(6)
+#endif
+#undef CASE
+  }
+}
+
+// One tile of a product: `count` rows, at most TILE_ROWS, times one panel.
+template <class Real, int STEP = 1>
+NOINLINE static void product(int64_t count, const Real *const *rows, const Panels &panels, int64_t panel,
+                    const Real *packed, Real *const *out, bool add) {
+  const Real *w = packed + panels.offset(panel);
+  const int64_t filled = panels.filled(panel);
+  switch (panels.columns(panel)) {
+    case 4:
+      return product_columns<Real, 4, STEP>(count, rows, w, panels.depth, out, filled, add);
+    case 2:
+      return product_columns<Real, 2, STEP>(count, rows, w, panels.depth, out, filled, add);
+    default:
+      return product_columns<Real, 1, STEP>(count, rows, w, panels.depth, out, filled, add);
+  }
+}
+
+// Call tile(first, count) for tiles of about equal height, at most TILE_ROWS.
+template <class Tile>
+INLINE void for_each_tile(Share rows, Tile tile) {
+  const int64_t count = rows.end - rows.begin;
+  const int64_t tiles = divide_up(count, TILE_ROWS);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Share share = share_of(count, i, tiles);
+    tile(rows.begin + share.begin, share.end - share.begin);
+  }
+}
+
+// One panel of a matrix [depth, width] whose row k lies at row(k).
+template <class Real, class Row>
+INLINE void pack_panel(const Panels &panels, int64_t panel, Real *packed, Row row) {
+  typedef Simd<Real> S;
+  const int64_t columns = panels.columns(panel), filled = panels.filled(panel);
+  const int64_t first = panels.first_column(panel);
+  Real *out = packed + panels.offset(panel);
+  for (int64_t k = 0; k < panels.depth; ++k, out += columns * S::kWidth) {
+    const Real *in = row(k) + first;
+    for (int64_t z = 0; z < columns; ++z) {
+      const int64_t count = filled - z * S::kWidth;
+      S::store(out + z * S::kWidth, S::load(in + z * S::kWidth, count));
+    }
+  }
+}
+
+// One vector of columns of a panel, whose column l is the row of `depth` numbers at row(l), or
+// zeros where that is null.
+//   out: [depth][step], its first S::kWidth columns are written.
+template <class Real, class Row>
+INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
+  typedef Simd<Real> S;
+  constexpr int64_t kBlock = 16;  // of a cache line each, so that lines are read once
+  for (int64_t begin = 0; begin < depth; begin += kBlock) {
+    const int64_t end = min(begin + kBlock, depth);
+    for (int64_t l = 0; l < S::kWidth; ++l) {
+      const Real *in = row(l);
+      for (int64_t k = begin; k < end; ++k) out[k * step + l] = in ? in[k] : Real(0);
+    }
+  }
+}
