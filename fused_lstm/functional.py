@@ -6,6 +6,7 @@ or proj_size), `L` layers, `D` directions, `N` rows of a packed batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -18,7 +19,7 @@ from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
-from fused_lstm.layer import DirectionWeights, composed_layer, native_layer
+from fused_lstm.layer import DirectionWeights, composed_layer, native_cell, native_layer
 from fused_lstm.recurrence import check_batch_sizes, transform_under_way
 
 __all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
@@ -112,19 +113,26 @@ def lstm(
                 bidirectional=bidirectional,
                 batch_first=batch_first,
             )
-    states = num_layers * (2 if bidirectional else 1)
-    _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
+    directions = 2 if bidirectional else 1
+    groups = _by_direction(weights, bias)
+    states = num_layers * directions
+    shape = (states, problem.batch, problem.hidden_size) if native else ()
+    if not (native and problem.steps and _fit(groups, input, hx, shape, directions)):
+        _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
+        if native:
+            _check_weights(groups, input, directions)
+    if native and batch_sizes is not None:
+        check_batch_sizes(batch_sizes, input.shape[0], "input")
     return _stack_of_layers(
         native,
         input,
         hx,
-        weights,
+        groups,
         batch_sizes,
-        bias,
         num_layers,
         dropout if training else 0.0,
-        bidirectional,
-        batch_first,
+        directions,
+        batch_first and batch_sizes is None,
         name,
     )
 
@@ -150,23 +158,30 @@ def _recording(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tenso
     return ""
 
 
-def _cell_problem(input: Tensor, weight_hh: Tensor, transform: str) -> Problem:
-    """Describe one step to the backends."""
-    device = describe_device(input.device)
-    autocast = autocast_is_on(device.type)
-    return Problem(
-        device,
-        torch.get_autocast_dtype(device.type) if autocast else input.dtype,
+@functools.lru_cache(maxsize=4096)
+def _choose_for_cell(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    hidden_size: int,
+    training: bool,
+    autocast: bool,
+    transform: str,
+    name: str | None,
+) -> str:
+    """Choose the backend of one step; the arguments are those of a Problem."""
+    problem = Problem(
+        describe_device(device),
+        dtype,
         1,
-        input.shape[0],
-        weight_hh.shape[1],
-        0,
-        False,
-        torch.is_grad_enabled(),
-        autocast,
-        True,
-        transform,
+        batch,
+        hidden_size,
+        training=training,
+        autocast=autocast,
+        whole_layers=True,
+        transform=transform,
     )
+    return backends.select_backend(problem, name)
 
 
 def input_dtype(input: Tensor, device_type: str) -> torch.dtype:
@@ -280,23 +295,15 @@ def _stack_of_layers(
     native: bool,
     input: Tensor,
     hx: tuple[Tensor, Tensor],
-    weights: list[Tensor],
+    groups: list[DirectionWeights],
     batch_sizes: Tensor | None,
-    bias: bool,
     num_layers: int,
     dropout: float,
-    bidirectional: bool,
+    directions: int,
     batch_first: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the layers one after another, whole ones on the native kernels or composed ones."""
-    directions = 2 if bidirectional else 1
-    groups = _by_direction(weights, bias)
-    batch_first = batch_first and batch_sizes is None
-    if native:
-        _check_weights(groups, input, directions)
-        if batch_sizes is not None:
-            check_batch_sizes(batch_sizes, input.shape[0], "input")
     x = input
     h_n, c_n = [], []
     for layer in range(num_layers):
@@ -318,6 +325,56 @@ def _stack_of_layers(
     if num_layers == 1:
         return x, h_n[0], c_n[0]
     return x, torch.cat(h_n), torch.cat(c_n)
+
+
+def _fit(
+    groups: list[DirectionWeights],
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    states: tuple[int, ...],
+    directions: int,
+) -> bool:
+    """Whether tensors on a CPU fit each other: one look, where the checks would find the fault.
+
+    Args:
+        groups: weights of all layers and directions.
+        input: [..., I].
+        hx: h and c.
+        states: the expected shape of c, whose last dimension is H.
+        directions: D.
+    """
+    if len(hx) != 2:
+        return False
+    (h, c), dtype = hx, input.dtype
+    *leading, hidden = states
+    rows, features = groups[0].hh.shape
+    vector, inputs = (rows,), input.shape[-1]
+    if (
+        rows != 4 * hidden
+        or c.shape != states
+        or h.shape != (*leading, features)
+        or not (h.dtype is c.dtype is dtype and h.is_cpu and c.is_cpu)
+    ):
+        return False
+    for k, (ih, hh, bias_ih, bias_hh, hr) in enumerate(groups):
+        if k == directions:
+            inputs = directions * features
+        if (
+            ih.shape != (rows, inputs)
+            or hh.shape != (rows, features)
+            or not (ih.dtype is hh.dtype is dtype and ih.is_cpu and hh.is_cpu)
+        ):
+            return False
+        for bias in (bias_ih, bias_hh):
+            if bias is not None and (
+                bias.shape != vector or bias.dtype is not dtype or not bias.is_cpu
+            ):
+                return False
+        if hr is not None and (
+            hr.shape != (features, hidden) or hr.dtype is not dtype or not hr.is_cpu
+        ):
+            return False
+    return True
 
 
 def _check_weights(groups: list[DirectionWeights], input: Tensor, directions: int) -> None:
@@ -375,26 +432,36 @@ def lstm_cell(
     name = backends.check_name(backend)
     # A compiler takes PyTorch's cell apart; the other transforms have no rule for it.
     transform = transform_under_way()
-    native = False
+    weights = DirectionWeights(weight_ih, weight_hh, bias_ih, bias_hh, None)
     if transform == "compile":
         if name in (None, AtenBackend.name):
             return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
         name = backends.requested_name(name)
         if name in _WHOLE_LAYERS:
-            transform = transform or _recording(input, hx, (weight_ih, weight_hh))
-            chosen = backends.select_backend(_cell_problem(input, weight_hh, transform), name)
+            transform = transform or _recording(input, hx, weights)
+            autocast = autocast_is_on(input.device.type)
+            chosen = _choose_for_cell(
+                input.device,
+                torch.get_autocast_dtype(input.device.type) if autocast else input.dtype,
+                input.shape[0],
+                weight_hh.shape[1],
+                torch.is_grad_enabled(),
+                autocast,
+                transform,
+                name,
+            )
             if chosen == AtenBackend.name:
                 return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-            native = chosen == NativeBackend.name and not transform
+            if chosen == NativeBackend.name and not transform:
+                states = (input.shape[0], weight_hh.shape[1])
+                if not _fit([weights], input, hx, states, 1):
+                    _check_cell(input, hx, weight_ih, weight_hh)
+                    _check_weights([weights], input, 1)
+                return native_cell(input, *hx, weights)
     _check_cell(input, hx, weight_ih, weight_hh)
-    group = [DirectionWeights(weight_ih, weight_hh, bias_ih, bias_hh, None)]
-    if native:
-        _check_weights(group, input, 1)
-        _, h, c = native_layer(input, *hx, group, None, False)
-        return h, c
     x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
-    _, h, c = composed_layer(x, h_0, c_0, group, None, False, name)
+    _, h, c = composed_layer(x, h_0, c_0, [weights], None, False, name)
     return h[0], c[0]
 
 

@@ -2,6 +2,7 @@
 
 Either composed of PyTorch's operators and the recurrence, or one call of a kernel that computes the
 projections as well.
+
 Dimensions: `T` time steps, `B` batch, `I` input features, `H` hidden units, `P` features of h (H,
 or proj_size), `D` directions, `N` rows of a packed batch.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fused_lstm.recurrence import recurrence
 
-__all__ = ["DirectionWeights", "LSTMLayerFunction", "composed_layer", "native_layer"]
+__all__ = ["DirectionWeights", "LSTMLayerFunction", "composed_layer", "native_cell", "native_layer"]
 
 
 class DirectionWeights(NamedTuple):
@@ -128,6 +129,57 @@ def native_layer(
 
     out = kernels.layer_forward(x, h_0, c_0, weights, batch_sizes, batch_first, False)
     return out.output, out.h_n, out.c_n
+
+
+def native_cell(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: DirectionWeights,
+) -> tuple[Tensor, Tensor]:
+    """Compute one step on the native CPU kernels.
+
+    Args:
+        x: [B, I].
+        h_0: [B, H].
+        c_0: [B, H].
+        weights: those of a layer without a projection.
+
+    Returns:
+        h and c after the step, [B, H].
+    """
+    ih, hh, bias_ih, bias_hh, _ = weights
+    # Spelled out: for a small cell a loop over the tensors would be a tenth of the time.
+    if (
+        (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad
+                or h_0.requires_grad
+                or c_0.requires_grad
+                or ih.requires_grad
+                or hh.requires_grad
+                or (bias_ih is not None and bias_ih.requires_grad)
+                or (bias_hh is not None and bias_hh.requires_grad)
+            )
+        )
+        or not (
+            x.is_contiguous()
+            and h_0.is_contiguous()
+            and c_0.is_contiguous()
+            and ih.is_contiguous()
+            and hh.is_contiguous()
+            and (bias_ih is None or bias_ih.is_contiguous())
+            and (bias_hh is None or bias_hh.is_contiguous())
+        )
+        or not x.shape[0]
+    ):
+        _, h, c = native_layer(x, h_0, c_0, [weights], None, False)
+        return h, c
+    from fused_lstm.kernels import cpu as kernels
+
+    h, c = kernels.cell_forward(x, h_0, c_0, ih, hh, bias_ih, bias_hh)
+    return h, c
 
 
 class LSTMLayerFunction(torch.autograd.Function):

@@ -93,7 +93,10 @@ class LSTM(nn.LSTM):
         As torch's own, down to the number of times a weight is read (`spectral_norm` iterates at
         each), but by comparison with the list of weights itself.
         """
+        parameters = self._parameters
         for known, name in zip(self._flat_weights, self._flat_weights_names, strict=True):
+            if known is not None and parameters.get(name) is known:
+                continue  # the common case, at a tenth of the time
             weight = getattr(self, name) if hasattr(self, name) else None
             if weight is not None and known is not None and known is not weight:
                 return True
@@ -309,15 +312,13 @@ class LSTMCell(nn.LSTMCell):
             hx = (zeros, zeros)
         elif not batched:
             hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = functional.lstm_cell(
-            x,
-            hx,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            backend=self.backend,
-        )
+        # Parameters without the detour through __getattr__, which reads whatever is not one.
+        parameters = self._parameters
+        weights: list[Any] = [
+            parameters[name] if name in parameters else getattr(self, name)
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        h, c = functional.lstm_cell(x, hx, *weights, backend=self.backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def extra_repr(self) -> str:

@@ -12,13 +12,30 @@
 //
 //   δx = δa·W_ih,  δW_ih += δaᵀ·x,  δW_hh += δaᵀ·h_{t-1},  δb += Σ δa,  δW_hr += δhᵀ·m
 //
-// Every sum has a fixed order. Members own rows and panels of hidden units in the recurrence, and
-// rows of δW and of δx in the products.
+// Groups of rows never wait for each other: each sums the gradients of the weights over its own
+// rows, and all add them up at the end. Within a group, members own panels of hidden units in the
+// recurrence, and rows of δW and of δx in the products. Every sum has a fixed order.
 
 // Rows of δa that are turned into gradients of weights at once.
 constexpr int64_t kChunkRows = 256;
 // Elements between tiles of a transposed chunk, into which the last copy of a tile may reach.
 constexpr int64_t kPadding = 16;
+
+// What a group of rows keeps of its current chunk.
+template <class Real>
+struct ChunkBuffers {
+  Real *packed_x, *packed_h, *packed_m;
+  Real *transposed;    // δaᵀ as [tiles][rows][TILE_ROWS]
+  Real *transposed_h;  // δhᵀ, where there is a projection
+  Real *gates[2];      // δa, also of the chunk before, where grad_gates is not given
+  Real *whole_h[2];    // likewise δh, where there is a projection and whole_grad_h is not given
+};
+
+// Sums over the rows of a group; null where they are not wanted.
+template <class Real>
+struct WeightGradients {
+  Real *ih, *hh, *bias, *hr;
+};
 
 template <class Real>
 struct BackwardPlan {
@@ -33,14 +50,11 @@ struct BackwardPlan {
   Panels projection_panels;  // W_hr [P, H]
   Panels input_panels;       // W_ih [4H, I]
   Panels x_panels, h_panels, m_panels;  // x [rows, I], h_{t-1} [rows, P], m [rows, H] of a chunk
-  Real *packed_hh, *packed_hr, *packed_ih, *packed_x, *packed_h, *packed_m;
-  Real *transposed;       // δaᵀ of a chunk as [tiles][rows][TILE_ROWS]
-  Real *transposed_h;     // δhᵀ of a chunk, where there is a projection
-  Real *gates[2];         // δa of a chunk and of the one before, where grad_gates is not given
-  Real *whole_h[2];       // likewise δh, where there is a projection and whole_grad_h is not given
-  Real *grad_m;           // [B, H], with a projection
-  int64_t chunk_rows;     // rows of a chunk at most
-  Barrier *barriers;
+  Real *packed_hh, *packed_hr, *packed_ih;
+  Real *grad_m;  // [B, H], with a projection
+  ChunkBuffers<Real> *chunks;      // one for each group of rows
+  WeightGradients<Real> *weights;  // one for each group of rows; the first is the output
+  Barrier *barriers;               // one for each group of rows, and one for all
 };
 
 template <class Real>
@@ -55,7 +69,10 @@ class BackwardMember {
         split_(split),
         member_(member),
         row_group_(member / split.unit_groups),
+        unit_group_(member % split.unit_groups),
         rows_(share_of(plan.timeline.batch, row_group_, split.row_groups)),
+        buffers_(plan.chunks[row_group_]),
+        weights_(plan.weights[row_group_]),
         mine_(share_of(plan.hidden_panels.count(), member % split.unit_groups,
                        split.unit_groups)),
         own_cells_(share_of(plan.projection_panels.count(), member % split.unit_groups,
@@ -65,21 +82,20 @@ class BackwardMember {
     pack_weights();
     start();
     meet_all();
+    const bool products = weights_.ih || weights_.hh || weights_.bias || weights_.hr ||
+                          plan_.grad_x.data;
     const Timeline &timeline = plan_.timeline;
     bool first = true;
     int64_t parity = 0;
     for (int64_t end = timeline.steps; end > 0; parity ^= 1) {
       int64_t begin = end - 1;
-      int64_t rows = timeline.active(begin);
-      while (begin > 0 && rows + timeline.active(begin - 1) <= plan_.chunk_rows) {
-        rows += timeline.active(--begin);
-      }
+      int64_t rows = active(begin);
+      while (begin > 0 && rows + active(begin - 1) <= kChunkRows) rows += active(--begin);
       const Chunk chunk = {begin, end, rows, parity};
       for (int64_t k = end - 1; k >= begin; --k) step(k, chunk);
-      if (has_products()) {
-        meet_all();
+      if (products) {
         pack_chunk(chunk);
-        meet_all();
+        meet();
         multiply_chunk(chunk, first);
       }
       first = false;
@@ -87,6 +103,10 @@ class BackwardMember {
       end = begin;
     }
     initial_hidden(0, rows_.begin, min(rows_.end, timeline.active(0)));
+    if (split_.row_groups > 1) {
+      meet_all();
+      add_up_weights();
+    }
   }
 
  private:
@@ -97,33 +117,34 @@ class BackwardMember {
 
   const Plan &plan_;
   const Split &split_;
-  const int64_t member_, row_group_;
-  const Share rows_, mine_, own_cells_;
+  const int64_t member_, row_group_, unit_group_;
+  const Share rows_;
+  const ChunkBuffers<Real> &buffers_;
+  const WeightGradients<Real> &weights_;
+  const Share mine_, own_cells_;
   Chunk previous_{0, 0, 0, 0};
-  // Where the δa of the step after the current one begin, and δa of the current one.
-  Real *following_ = nullptr;
-  int64_t following_stride_ = 0;
 
-  bool has_products() const {
-    const LstmBackward &a = *plan_.arguments;
-    return a.grad_weight_ih || a.grad_weight_hh || a.grad_bias || a.grad_weight_hr ||
-           a.grad_x.data;
+  // This member's part of what its group does together.
+  Share share(int64_t count) const { return share_of(count, unit_group_, split_.unit_groups); }
+  // Rows of the group that are active at step k; they begin with rows_.begin.
+  int64_t active(int64_t k) const {
+    return max(0, min(plan_.timeline.active(k), rows_.end) - rows_.begin);
   }
   int64_t gate_width() const { return 4 * plan_.hidden; }
   void meet() { plan_.barriers[row_group_].wait(split_.unit_groups); }
   void meet_all() { plan_.barriers[split_.row_groups].wait(split_.members()); }
 
   int64_t rows_before(const Chunk &chunk, int64_t k) const {
-    if (!plan_.timeline.batch_sizes) return (k - chunk.begin) * plan_.timeline.batch;
+    if (!plan_.timeline.batch_sizes) return (k - chunk.begin) * (rows_.end - rows_.begin);
     int64_t rows = 0;
-    for (int64_t j = chunk.begin; j < k; ++j) rows += plan_.timeline.active(j);
+    for (int64_t j = chunk.begin; j < k; ++j) rows += active(j);
     return rows;
   }
   // Row b of step k of a chunk, in a buffer of the chunk or in the output.
   Real *row_of(const Sequence<Real> &output, Real *const (&buffers)[2], int64_t width,
                const Chunk &chunk, int64_t before, int64_t k, int64_t b) const {
     if (output.data) return output.at(plan_.timeline.time(k), b);
-    return buffers[chunk.parity] + (before + b) * width;
+    return buffers[chunk.parity] + (before + b - rows_.begin) * width;
   }
 
   void pack_weights() {
@@ -143,8 +164,8 @@ class BackwardMember {
 
   // δc starts as grad_c_n, in grad_c0, where it stays.
   void start() {
-    const Share mine = share_of(plan_.timeline.batch, member_, split_.members());
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
+    const Share mine = share(rows_.end - rows_.begin);
+    for (int64_t row = rows_.begin + mine.begin; row < rows_.begin + mine.end; ++row) {
       __builtin_memcpy(cell_gradient(row), plan_.grad_c_n.at(row), plan_.hidden * sizeof(Real));
     }
   }
@@ -223,7 +244,7 @@ class BackwardMember {
     if (going) {
       const Real *rows[ROWS];
       _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        rows[q] = row_of(plan_.grad_gates, plan_.gates, gate_width(), next, next_before, k + 1,
+        rows[q] = row_of(plan_.grad_gates, buffers_.gates, gate_width(), next, next_before, k + 1,
                          row + q);
       }
       accumulate<Real, ROWS, COLUMNS>(sum, rows, plan_.packed_hh + plan_.hidden_panels.offset(p),
@@ -238,7 +259,7 @@ class BackwardMember {
         if (plan_.grad_h.data) grad += S::load(plan_.grad_h.at(t, r) + unit, count);
         if (!going) grad += S::load(plan_.grad_h_n.at(r) + unit, count);
         if (plan_.projected) {
-          S::store(row_of(plan_.whole_grad_h, plan_.whole_h, plan_.features, chunk, before, k, r) +
+          S::store(row_of(plan_.whole_grad_h, buffers_.whole_h, plan_.features, chunk, before, k, r) +
                        unit,
                    grad, count);
         } else {
@@ -257,7 +278,7 @@ class BackwardMember {
         const Real *in[TILE_ROWS];
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
-          in[q] = row_of(plan_.whole_grad_h, plan_.whole_h, plan_.features, chunk, before, k,
+          in[q] = row_of(plan_.whole_grad_h, buffers_.whole_h, plan_.features, chunk, before, k,
                          row + q);
           out[q] = plan_.grad_m + (row + q) * plan_.hidden + first;
         }
@@ -290,7 +311,7 @@ class BackwardMember {
     if (plan_.grad_c.data) grad_c += S::load(plan_.grad_c.at(t, row) + unit, count);
     S::store(carried, grad_c * f, count);
     Real *out =
-        row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, before, k, row) + unit;
+        row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, row) + unit;
     S::store(out, grad_c * g * i * (Real(1) - i), count);
     S::store(out + hidden, grad_c * S::load(earlier + unit, count) * f * (Real(1) - f), count);
     S::store(out + 2 * hidden, grad_c * i * (Real(1) - g * g), count);
@@ -308,7 +329,7 @@ class BackwardMember {
         const Real *in[TILE_ROWS];
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
-          in[q] = row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, before, k, row + q);
+          in[q] = row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, row + q);
           out[q] = static_cast<Real *>(plan_.grad_h0.data) +
                    (row + q) * plan_.grad_h0.stride_b + plan_.hidden_panels.first_column(p);
         }
@@ -322,41 +343,41 @@ class BackwardMember {
   INLINE_MEMBER void for_each_row(const Chunk &chunk, Share rows, Each each) const {
     int64_t first = 0;
     for (int64_t k = chunk.begin; k < chunk.end; ++k) {
-      const int64_t active = plan_.timeline.active(k);
-      const int64_t begin = max(rows.begin, first), end = min(rows.end, first + active);
-      for (int64_t row = begin; row < end; ++row) each(row, k, row - first);
-      first += active;
+      const int64_t count = active(k);
+      const int64_t begin = max(rows.begin, first), end = min(rows.end, first + count);
+      for (int64_t row = begin; row < end; ++row) each(row, k, rows_.begin + row - first);
+      first += count;
     }
   }
 
   // Lay out what the products of a chunk read: x, h_{t-1} and m as panels, δa (and δh) transposed.
   void pack_chunk(const Chunk &chunk) {
-    const LstmBackward &a = *plan_.arguments;
-    if (a.grad_weight_ih) {
-      pack_rows(chunk, plan_.x_panels, plan_.packed_x, [&](int64_t k, int64_t b) {
+    if (weights_.ih) {
+      pack_rows(chunk, plan_.x_panels, buffers_.packed_x, [&](int64_t k, int64_t b) {
         return plan_.x.at(plan_.timeline.time(k), b);
       });
     }
-    if (a.grad_weight_hh) {
-      pack_rows(chunk, plan_.h_panels, plan_.packed_h, [&](int64_t k, int64_t b) {
+    if (weights_.hh) {
+      pack_rows(chunk, plan_.h_panels, buffers_.packed_h, [&](int64_t k, int64_t b) {
         return b < plan_.timeline.continuing(k)
                    ? const_cast<const Real *>(plan_.h.at(plan_.timeline.time(k - 1), b))
                    : plan_.h0.at(b);
       });
     }
-    if (a.grad_weight_hr) pack_cell_outputs(chunk);
-    if (a.grad_weight_ih || a.grad_weight_hh) {
-      transpose(chunk, plan_.grad_gates, plan_.gates, gate_width(), plan_.transposed);
+    if (weights_.hr) pack_cell_outputs(chunk);
+    if (weights_.ih || weights_.hh) {
+      transpose(chunk, plan_.grad_gates, buffers_.gates, gate_width(), buffers_.transposed);
     }
-    if (a.grad_weight_hr) {
-      transpose(chunk, plan_.whole_grad_h, plan_.whole_h, plan_.features, plan_.transposed_h);
+    if (weights_.hr) {
+      transpose(chunk, plan_.whole_grad_h, buffers_.whole_h, plan_.features,
+                buffers_.transposed_h);
     }
   }
 
   template <class Row>
   INLINE_MEMBER void pack_rows(const Chunk &chunk, Panels panels, Real *packed, Row row_at) {
     panels.depth = chunk.rows;
-    const Share rows = share_of(chunk.rows, member_, split_.members());
+    const Share rows = share(chunk.rows);
     for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t b) {
       const Real *in = row_at(k, b);
       for (int64_t p = 0; p < panels.count(); ++p) {
@@ -374,7 +395,7 @@ class BackwardMember {
   void pack_cell_outputs(const Chunk &chunk) {
     Panels panels = plan_.m_panels;
     panels.depth = chunk.rows;
-    const Share rows = share_of(chunk.rows, member_, split_.members());
+    const Share rows = share(chunk.rows);
     for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t b) {
       const int64_t t = plan_.timeline.time(k);
       const Real *output_gate = plan_.activations.at(t, b) + 3 * plan_.hidden;
@@ -382,7 +403,7 @@ class BackwardMember {
       for (int64_t p = 0; p < panels.count(); ++p) {
         const int64_t columns = panels.columns(p), filled = panels.filled(p);
         const int64_t first = panels.first_column(p);
-        Real *out = packed_row(plan_.packed_m, panels, p, row);
+        Real *out = packed_row(buffers_.packed_m, panels, p, row);
         for (int64_t z = 0; z < columns; ++z) {
           const int64_t unit = z * S::kWidth, count = filled - unit;
           S::store(out + unit, S::load(output_gate + first + unit, count) *
@@ -398,12 +419,12 @@ class BackwardMember {
   // Rows of a chunk [rows, width] to [tiles][rows][TILE_ROWS], tiles kPadding apart.
   void transpose(const Chunk &chunk, const Sequence<Real> &output, Real *const (&buffers)[2],
                  int64_t width, Real *transposed) {
-    const Share tiles = share_of(divide_up(width, TILE_ROWS), member_, split_.members());
+    const Share tiles = share(divide_up(width, TILE_ROWS));
     const int64_t pitch = chunk.rows * TILE_ROWS + kPadding;
     int64_t row = 0;
     for (int64_t k = chunk.begin; k < chunk.end; ++k) {
-      const int64_t active = plan_.timeline.active(k), before = row;
-      for (int64_t b = 0; b < active; ++b, ++row) {
+      const int64_t before = row, end = row + active(k);
+      for (int64_t b = rows_.begin; row < end; ++b, ++row) {
         const Real *in = row_of(output, buffers, width, chunk, before, k, b);
         Real *out = transposed + tiles.begin * pitch + row * TILE_ROWS;
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, out += pitch) {
@@ -420,19 +441,18 @@ class BackwardMember {
   }
 
   void multiply_chunk(const Chunk &chunk, bool first) {
-    const LstmBackward &a = *plan_.arguments;
-    if (a.grad_bias) add_bias(chunk, static_cast<Real *>(a.grad_bias), first);
-    if (a.grad_weight_ih) {
-      add_weight(chunk, plan_.x_panels, plan_.packed_x, plan_.transposed, gate_width(),
-                 static_cast<Real *>(a.grad_weight_ih), first);
+    if (weights_.bias) add_bias(chunk, first);
+    if (weights_.ih) {
+      add_weight(chunk, plan_.x_panels, buffers_.packed_x, buffers_.transposed, gate_width(),
+                 weights_.ih, first);
     }
-    if (a.grad_weight_hh) {
-      add_weight(chunk, plan_.h_panels, plan_.packed_h, plan_.transposed, gate_width(),
-                 static_cast<Real *>(a.grad_weight_hh), first);
+    if (weights_.hh) {
+      add_weight(chunk, plan_.h_panels, buffers_.packed_h, buffers_.transposed, gate_width(),
+                 weights_.hh, first);
     }
-    if (a.grad_weight_hr) {
-      add_weight(chunk, plan_.m_panels, plan_.packed_m, plan_.transposed_h, plan_.features,
-                 static_cast<Real *>(a.grad_weight_hr), first);
+    if (weights_.hr) {
+      add_weight(chunk, plan_.m_panels, buffers_.packed_m, buffers_.transposed_h, plan_.features,
+                 weights_.hr, first);
     }
     if (plan_.grad_x.data) multiply_inputs(chunk);
   }
@@ -441,7 +461,7 @@ class BackwardMember {
   void add_weight(const Chunk &chunk, Panels panels, const Real *packed, const Real *transposed,
                   int64_t width, Real *weight, bool first) {
     panels.depth = chunk.rows;
-    const Share tiles = share_of(divide_up(width, TILE_ROWS), member_, split_.members());
+    const Share tiles = share(divide_up(width, TILE_ROWS));
     // As many panels at a time as stay in the cache while all tiles pass by.
     const int64_t group = max(1, kCachedBytes / int64_t(sizeof(Real)) /
                                      (panels.wide * S::kWidth * chunk.rows));
@@ -462,30 +482,50 @@ class BackwardMember {
     }
   }
 
-  void add_bias(const Chunk &chunk, Real *bias, bool first) {
-    const int64_t vectors = divide_up(gate_width(), S::kWidth);
-    const Share mine = share_of(vectors, member_, split_.members());
+  void add_bias(const Chunk &chunk, bool first) {
+    const Share mine = share(divide_up(gate_width(), S::kWidth));
     for (int64_t v = mine.begin; v < mine.end; ++v) {
       const int64_t column = v * S::kWidth, count = gate_width() - column;
-      Vector sum = first ? Vector{} : S::load(bias + column, count);
+      Vector sum = first ? Vector{} : S::load(weights_.bias + column, count);
       int64_t before = 0;
       for (int64_t k = chunk.begin; k < chunk.end; ++k) {
-        const int64_t active = plan_.timeline.active(k);
-        for (int64_t b = 0; b < active; ++b) {
-          sum += S::load(row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, before, k, b) +
-                             column,
-                         count);
+        const int64_t rows = active(k);
+        for (int64_t b = rows_.begin; b < rows_.begin + rows; ++b) {
+          const Real *in =
+              row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, b);
+          sum += S::load(in + column, count);
         }
-        before += active;
+        before += rows;
       }
-      S::store(bias + column, sum, count);
+      S::store(weights_.bias + column, sum, count);
+    }
+  }
+
+  // The sums of all groups, into those of the first.
+  void add_up_weights() {
+    const int64_t gates = gate_width();
+    const WeightGradients<Real> &all = plan_.weights[0];
+    for (int64_t g = 1; g < split_.row_groups; ++g) {
+      const WeightGradients<Real> &own = plan_.weights[g];
+      add_up(all.ih, own.ih, gates * plan_.inputs);
+      add_up(all.hh, own.hh, gates * plan_.features);
+      add_up(all.bias, own.bias, gates);
+      add_up(all.hr, own.hr, plan_.features * plan_.hidden);
+    }
+  }
+  void add_up(Real *sum, const Real *other, int64_t count) {
+    if (!sum) return;
+    const Share mine = share_of(divide_up(count, S::kWidth), member_, split_.members());
+    for (int64_t v = mine.begin; v < mine.end; ++v) {
+      const int64_t i = v * S::kWidth;
+      S::store(sum + i, S::load(sum + i, count - i) + S::load(other + i, count - i), count - i);
     }
   }
 
   // δx = δa·W_ih
   void multiply_inputs(const Chunk &chunk) {
     const Panels &panels = plan_.input_panels;
-    const Share rows = share_of(chunk.rows, member_, split_.members());
+    const Share rows = share(chunk.rows);
     constexpr int64_t kGroup = 8 * TILE_ROWS;
     const Real *in[kGroup];
     Real *out[kGroup];
@@ -493,7 +533,8 @@ class BackwardMember {
       const int64_t end = min(begin + kGroup, rows.end);
       for_each_row(chunk, {begin, end}, [&](int64_t row, int64_t k, int64_t b) {
         in[row - begin] =
-            row_of(plan_.grad_gates, plan_.gates, gate_width(), chunk, row - b, k, b);
+            row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk,
+                                row - (b - rows_.begin), k, b);
         out[row - begin] = plan_.grad_x.at(plan_.timeline.time(k), b);
       });
       for (int64_t p = 0; p < panels.count(); ++p) {

@@ -51,20 +51,18 @@ class ForwardMember {
     const int64_t blocks = divide_up(plan.hidden, S::kWidth);
     const int64_t rows = rows_.end - rows_.begin;
     const int64_t read = (blocks_.end - blocks_.begin) * depth() * kTile * int64_t(sizeof(Real));
-    const bool fused = rows >= kFusedRows && (read <= kCachedWeights || rows >= kStagedRows);
-    source_ = !plan.x.data ? kGiven : fused ? kFused : kStaged;
+    const bool fused = rows >= kFusedRows && (read <= kCachedWeights || rows >= kStagedRows ||
+                                              plan.timeline.steps == 1);
+    source_ = !plan.x.data ? kGiven : fused || !plan.panels ? kFused : kStaged;
     stage_ = plan.staged + (row_group_ * blocks + blocks_.begin) * kStagedRows * kTile;
   }
 
   void run() {
     const Timeline &timeline = plan_.timeline;
-    if (!plan_.panels) {
-      pack_projection();
-      plan_.barriers[split_.row_groups].wait(split_.members());
-      for (int64_t k = 0; k < timeline.steps; ++k) step<true>(k, 0);
-      return finish();
+    if (plan_.panels && !packs_late()) {
+      const Share mine = share_of(divide_up(plan_.hidden, S::kWidth), member_, split_.members());
+      for (int64_t block = mine.begin; block < mine.end; ++block) pack(block);
     }
-    pack();
     pack_projection();
     plan_.barriers[split_.row_groups].wait(split_.members());
     const int64_t own = rows_.end - rows_.begin;
@@ -72,7 +70,7 @@ class ForwardMember {
     for (int64_t begin = 0; begin < timeline.steps; begin += chunk) {
       const int64_t end = min(begin + chunk, timeline.steps);
       if (source_ == kStaged) stage(begin, end);
-      for (int64_t k = begin; k < end; ++k) step<false>(k, (k - begin) * own);
+      for (int64_t k = begin; k < end; ++k) step(k, (k - begin) * own);
     }
     finish();
   }
@@ -80,7 +78,6 @@ class ForwardMember {
  private:
   enum Source { kGiven, kStaged, kFused };
   static constexpr int64_t kTile = 4 * S::kWidth;
-  static constexpr int kDots = 4;  // rows of a weight matrix multiplied at once in direct_tile
 
   const Plan &plan_;
   const Split &split_;
@@ -90,40 +87,42 @@ class ForwardMember {
   Real *stage_;
 
   int64_t depth() const { return plan_.inputs + plan_.features; }
-  Real *panel(int64_t block) const { return plan_.panels + block * depth() * kTile; }
+  // A single step needs each panel once: it is packed just before, into the same memory.
+  bool packs_late() const { return plan_.timeline.steps == 1; }
+  Real *panel(int64_t block) const {
+    return plan_.panels + (packs_late() ? member_ : block) * depth() * kTile;
+  }
+  Real *bias(int64_t block) const {
+    return plan_.bias + (packs_late() ? member_ : block) * kTile;
+  }
   Share active_rows(int64_t k) const {
     return {rows_.begin, max(rows_.begin, min(rows_.end, plan_.timeline.active(k)))};
   }
 
-  // Lay out this member's part of the weights: four gates of a block side by side.
-  void pack() {
+  // Lay out the weights of a block, its four gates side by side.
+  void pack(int64_t block) {
     const LstmForward &arguments = *plan_.arguments;
-    const int64_t hidden = plan_.hidden;
-    const int64_t blocks = divide_up(hidden, S::kWidth);
     const Real *sources[2] = {static_cast<const Real *>(arguments.weight_ih),
                               static_cast<const Real *>(arguments.weight_hh)};
     const int64_t depths[2] = {plan_.inputs, plan_.features};
     const Real *biases[2] = {static_cast<const Real *>(arguments.bias_ih),
                              static_cast<const Real *>(arguments.bias_hh)};
-    const Share mine = share_of(blocks, member_, split_.members());
-    for (int64_t block = mine.begin; block < mine.end; ++block) {
-      const int64_t unit = block * S::kWidth, count = hidden - unit;
-      Real *out = panel(block);
-      for (int s = 0; s < 2; out += depths[s] * kTile, ++s) {
-        for (int gate = 0; gate < 4; ++gate) {
-          const Real *weight = sources[s] + (gate * hidden + unit) * depths[s];
-          pack_transposed<Real>(depths[s], out + gate * S::kWidth, kTile, [&](int64_t l) {
-            return l < count ? weight + l * depths[s] : nullptr;
-          });
-        }
-      }
+    const int64_t unit = block * S::kWidth, count = plan_.hidden - unit;
+    Real *out = panel(block);
+    for (int s = 0; s < 2; out += depths[s] * kTile, ++s) {
       for (int gate = 0; gate < 4; ++gate) {
-        Vector sum{};
-        for (const Real *bias : biases) {
-          if (bias) sum += S::load(bias + gate * hidden + unit, count);
-        }
-        S::store(plan_.bias + (block * 4 + gate) * S::kWidth, sum);
+        const Real *weight = sources[s] + (gate * plan_.hidden + unit) * depths[s];
+        pack_transposed<Real>(depths[s], out + gate * S::kWidth, kTile, [&](int64_t l) {
+          return l < count ? weight + l * depths[s] : nullptr;
+        });
       }
+    }
+    for (int gate = 0; gate < 4; ++gate) {
+      Vector sum{};
+      for (const Real *b : biases) {
+        if (b) sum += S::load(b + gate * plan_.hidden + unit, count);
+      }
+      S::store(bias(block) + gate * S::kWidth, sum);
     }
   }
 
@@ -163,7 +162,7 @@ class ForwardMember {
           outs[q] = out + (first + q) * kTile;
           for (int gate = 0; gate < 4; ++gate) {
             S::store(outs[q] + gate * S::kWidth,
-                     S::load(plan_.bias + (block * 4 + gate) * S::kWidth));
+S::load(bias(block) + gate * S::kWidth));
           }
         }
         product<Real>(count, rows, panels, 0, panel(block), outs, true);
@@ -171,18 +170,19 @@ class ForwardMember {
     }
   }
 
-  template <bool DIRECT>
   void step(int64_t k, int64_t staged_row) {
     const Share rows = active_rows(k);
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+      if (!plan_.panels) {
+        for (int64_t row = rows.begin; row < rows.end; ++row) direct_tile(k, row, block);
+        continue;
+      }
+      if (packs_late()) pack(block);
       for_each_tile(rows, [&](int64_t row, int64_t count) {
         switch (count) {
-#define CASE(n)                                                    \
-  case n:                                                          \
-    if constexpr (DIRECT)                                          \
-      direct_tile<n>(k, row, block);                               \
-    else                                                           \
-      cell_tile<n>(k, row, block, staged_row + row - rows_.begin); \
+#define CASE(n)                                                  \
+  case n:                                                        \
+    cell_tile<n>(k, row, block, staged_row + row - rows_.begin); \
     break;
           CASE(1)
           CASE(2)
@@ -229,8 +229,8 @@ class ForwardMember {
     const Real *rows[ROWS];
     if (source_ == kFused) {
       _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
-        const Vector bias = S::load(plan_.bias + (block * 4 + gate) * S::kWidth);
-        _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) a[q][gate] = bias;
+        const Vector b = S::load(bias(block) + gate * S::kWidth);
+        _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) a[q][gate] = b;
       }
       _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) rows[q] = plan_.x.at(t, row + q);
       accumulate<Real, ROWS, 4>(a, rows, weights, plan_.inputs);
@@ -256,61 +256,42 @@ class ForwardMember {
     update<ROWS>(a, k, row, block);
   }
 
-  // The same from weights as they are, as dot products: where there are too few rows in all to
-  // repay packing.
-  template <int ROWS>
+  // One row of the same from weights as they are, as dot products: where there are too few rows in
+  // all to repay packing.
   NOINLINE void direct_tile(int64_t k, int64_t row, int64_t block) {
     const int64_t t = plan_.timeline.time(k), hidden = plan_.hidden;
     const int64_t unit = block * S::kWidth, count = min(S::kWidth, hidden - unit);
     const LstmForward &arguments = *plan_.arguments;
-    const Real *x[ROWS], *h[ROWS];
-    for (int q = 0; q < ROWS; ++q) {
-      x[q] = plan_.x.data ? plan_.x.at(t, row + q) : nullptr;
-      h[q] = before(plan_.h, plan_.h0, k, row + q);
-    }
-    Vector a[ROWS][4];
+    const Real *biases[2] = {static_cast<const Real *>(arguments.bias_ih),
+                             static_cast<const Real *>(arguments.bias_hh)};
+    const Real *h = before(plan_.h, plan_.h0, k, row);
+    Vector a[1][4];
     for (int gate = 0; gate < 4; ++gate) {
-      Real dots[ROWS][S::kWidth] = {};
       const int64_t first = gate * hidden + unit;
-      for (int64_t l = 0; l < count; l += kDots) {
-        Vector sums[ROWS][kDots] = {};
-        if (plan_.x.data) {
-          dot_products<ROWS>(sums, x, arguments.weight_ih, first + l, count - l, plan_.inputs);
-        }
-        dot_products<ROWS>(sums, h, arguments.weight_hh, first + l, count - l, plan_.features);
-        for (int q = 0; q < ROWS; ++q) {
-          for (int u = 0; u < kDots && l + u < count; ++u) dots[q][l + u] = S::sum(sums[q][u]);
-        }
+      Vector products[S::kWidth] = {};
+      if (plan_.x.data) {
+        dot_products(products, plan_.x.at(t, row), arguments.weight_ih, first, count,
+                     plan_.inputs);
       }
-      const Real *biases[2] = {static_cast<const Real *>(arguments.bias_ih),
-                               static_cast<const Real *>(arguments.bias_hh)};
-      Vector bias{};
+      dot_products(products, h, arguments.weight_hh, first, count, plan_.features);
+      a[0][gate] = S::sums(products);
       for (const Real *b : biases) {
-        if (b) bias += S::load(b + first, count);
+        if (b) a[0][gate] += S::load(b + first, count);
       }
-      for (int q = 0; q < ROWS; ++q) {
-        a[q][gate] = S::load(dots[q]) + bias;
-        if (!plan_.x.data) a[q][gate] += S::load(plan_.gates.at(t, row + q) + first, count);
-      }
+      if (!plan_.x.data) a[0][gate] += S::load(plan_.gates.at(t, row) + first, count);
     }
-    update<ROWS>(a, k, row, block);
+    update<1>(a, k, row, block);
   }
 
-  // sums[q][u] += vectors[q] * row (first + u) of a matrix [.., depth], of which `valid` exist.
-  template <int ROWS>
-  INLINE void dot_products(Vector (&sums)[ROWS][kDots], const Real *const (&vectors)[ROWS],
-                           const void *matrix, int64_t first, int64_t valid, int64_t depth) {
-    const Real *rows[kDots];
-    for (int64_t u = 0; u < kDots; ++u) {
-      rows[u] = static_cast<const Real *>(matrix) + (first + min(u, valid - 1)) * depth;
-    }
+  // products[u] += vector * row (first + u) of a matrix [.., depth]; rows from `count` on repeat.
+  INLINE void dot_products(Vector (&products)[S::kWidth], const Real *vector, const void *matrix,
+                           int64_t first, int64_t count, int64_t depth) {
+    const Real *rows = static_cast<const Real *>(matrix) + first * depth;
     for (int64_t k = 0; k < depth; k += S::kWidth) {
       const int64_t left = depth - k;
-      Vector w[kDots];
-      _Pragma("GCC unroll 4") for (int u = 0; u < kDots; ++u) w[u] = S::load(rows[u] + k, left);
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        const Vector v = S::load(vectors[q] + k, left);
-        _Pragma("GCC unroll 4") for (int u = 0; u < kDots; ++u) sums[q][u] += v * w[u];
+      const Vector v = S::load(vector + k, left);
+      _Pragma("GCC unroll 16") for (int64_t u = 0; u < S::kWidth; ++u) {
+        products[u] += v * S::load(rows + min(u, count - 1) * depth + k, left);
       }
     }
   }

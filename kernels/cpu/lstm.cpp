@@ -6,12 +6,18 @@
 
 #include <cstdint>
 #include <new>
+#include <utility>
 
 #include "layout.h"
 #include "team.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+
+// Shuffles of vectors with indices known at compile time.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLES
 #endif
 
 namespace {
@@ -23,8 +29,10 @@ constexpr double kFlopsOfAMeeting = 20e3;
 // Rows of a group at least, and the bytes of W_hh that each group may read at every step.
 constexpr int64_t kRowsOfAGroup = 4;
 constexpr int64_t kCachedWeights = int64_t{1} << 20;
-// Rows, over all steps, that repay a rearrangement of the weights.
-constexpr int64_t kPackedRows = 24;
+// Rows, over all steps, that repay a rearrangement of the weights; and what reading and rearranging
+// one weight costs.
+constexpr int64_t kPackedRows = 4;
+constexpr double kFlopsOfAWeight = 20;
 
 // The OpenMP runtime of the process, handed over by fused_lstm_set_openmp.
 struct OpenMP {

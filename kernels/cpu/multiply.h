@@ -129,6 +129,24 @@ INLINE void pack_panel(const Panels &panels, int64_t panel, Real *packed, Row ro
 template <class Real, class Row>
 INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
   typedef Simd<Real> S;
+#ifdef SHUFFLES
+  for (int64_t k = 0; k < depth; k += S::kWidth) {
+    const int64_t count = min(depth - k, S::kWidth);
+    typename S::Vector block[S::kWidth];
+    _Pragma("GCC unroll 16") for (int64_t l = 0; l < S::kWidth; ++l) {
+      const Real *in = row(l);
+      block[l] = in ? S::load(in + k, count) : typename S::Vector{};
+    }
+    S::transpose(block);
+    if (count == S::kWidth) {
+      _Pragma("GCC unroll 16") for (int64_t i = 0; i < S::kWidth; ++i) {
+        S::store(out + (k + i) * step, block[i]);
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) S::store(out + (k + i) * step, block[i]);
+    }
+  }
+#else
   constexpr int64_t kBlock = 16;  // of a cache line each, so that lines are read once
   for (int64_t begin = 0; begin < depth; begin += kBlock) {
     const int64_t end = min(begin + kBlock, depth);
@@ -137,4 +155,5 @@ INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
       for (int64_t k = begin; k < end; ++k) out[k * step + l] = in ? in[k] : Real(0);
     }
   }
+#endif
 }

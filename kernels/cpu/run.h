@@ -8,13 +8,17 @@ static Split split_for(const Arguments &a, int64_t threads) {
   const int64_t weights = 4 * a.hidden_size * a.features;
   const double step = 2.0 * double(a.batch) * 4.0 * double(a.hidden_size) *
                       double(a.features + a.input_size);
-  const int64_t worth = int64_t(step * double(a.steps) / kFlopsOfAThread);
+  const double read = kFlopsOfAWeight * 4.0 * double(a.hidden_size) *
+                      double(a.features + a.input_size);
+  const int64_t worth = int64_t((step * double(a.steps) + read) / kFlopsOfAThread);
   const int64_t most = max(1, min(threads, worth));
   const int64_t blocks = divide_up(a.hidden_size, Simd<Real>::kWidth);
   const int64_t row_groups = max(1, min(most, a.batch / kRowsOfAGroup));
-  const int64_t worth_meeting = int64_t(step / kFlopsOfAMeeting);
+  const int64_t worth_meeting =
+      int64_t((step + read / double(a.steps)) / kFlopsOfAMeeting);
   const int64_t unit_groups = max(1, min(min(most, blocks), worth_meeting));
-  if (weights * int64_t(sizeof(Real)) <= kCachedWeights && row_groups > 1) {
+  // A single step reads each weight once: nobody should read it twice.
+  if (a.steps > 1 && weights * int64_t(sizeof(Real)) <= kCachedWeights && row_groups > 1) {
     return {row_groups, max(1, min(most / row_groups, unit_groups))};
   }
   return {max(1, min(most / unit_groups, row_groups)), unit_groups};
@@ -68,6 +72,7 @@ struct Forward {
                                Panels::wide_for(a.features, S::kWidth, split.unit_groups)};
     const int64_t tile = 4 * S::kWidth;
     const bool packed = timeline.rows >= kPackedRows;
+    const int64_t panels = a.steps == 1 ? split.members() : blocks;
     Plan plan = {&a,
                  timeline,
                  {a.gates, timeline.offsets},
@@ -83,8 +88,8 @@ struct Forward {
                  a.hidden_size,
                  a.features,
                  projection,
-                 packed ? memory.take<Real>(blocks * (a.input_size + a.features) * tile) : nullptr,
-                 memory.take<Real>(blocks * tile),
+                 packed ? memory.take<Real>(panels * (a.input_size + a.features) * tile) : nullptr,
+                 memory.take<Real>(panels * tile),
                  projected ? memory.take<Real>(projection.size()) : nullptr,
                  projected ? memory.take<Real>(a.batch * a.hidden_size) : nullptr,
                  memory.take<Real>(a.x.data && packed ? split.row_groups * blocks * kStagedRows * tile : 0),
@@ -113,7 +118,8 @@ struct Backward {
     const auto panels = [&](int64_t depth, int64_t width, int64_t members) {
       return Panels{depth, width, S::kWidth, Panels::wide_for(width, S::kWidth, members)};
     };
-    const int64_t rows = max(kChunkRows, a.batch);  // a chunk holds at least one step
+    // A chunk holds at least one step.
+    const int64_t rows = max(kChunkRows, divide_up(a.batch, split.row_groups));
     Plan plan = {&a,
                  timeline,
                  {a.activations, timeline.offsets},
@@ -141,31 +147,45 @@ struct Backward {
                  panels(rows, a.input_size, 1),
                  panels(rows, a.features, 1),
                  panels(rows, a.hidden_size, 1),
-                 nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                 nullptr, nullptr,
-                 {nullptr, nullptr},
-                 {nullptr, nullptr},
                  nullptr,
-                 kChunkRows,
+                 nullptr,
+                 nullptr,
+                 nullptr,
+                 memory.take<ChunkBuffers<Real>>(split.row_groups),
+                 memory.take<WeightGradients<Real>>(split.row_groups),
                  barriers(split, memory)};
     const auto take_if = [&](bool wanted, int64_t count) {
       return wanted ? memory.take<Real>(count) : nullptr;
     };
-    const auto transposed = [&](int64_t width) {
-      return divide_up(width, TILE_ROWS) * (rows * TILE_ROWS + kPadding);
-    };
     plan.packed_hh = memory.take<Real>(plan.hidden_panels.size());
     plan.packed_hr = take_if(projected, plan.projection_panels.size());
     plan.packed_ih = take_if(a.grad_x.data, plan.input_panels.size());
-    plan.packed_x = take_if(a.grad_weight_ih, plan.x_panels.size());
-    plan.packed_h = take_if(a.grad_weight_hh, plan.h_panels.size());
-    plan.packed_m = take_if(a.grad_weight_hr, plan.m_panels.size());
-    plan.transposed = take_if(a.grad_weight_ih || a.grad_weight_hh, transposed(gates));
-    plan.transposed_h = take_if(a.grad_weight_hr, transposed(a.features));
     plan.grad_m = take_if(projected, a.batch * a.hidden_size);
-    for (int parity = 0; parity < 2; ++parity) {
-      plan.gates[parity] = take_if(!a.grad_gates.data, rows * gates);
-      plan.whole_h[parity] = take_if(projected && !a.whole_grad_h.data, rows * a.features);
+    const auto transposed = [&](int64_t width) {
+      return divide_up(width, TILE_ROWS) * (rows * TILE_ROWS + kPadding);
+    };
+    for (int64_t group = 0; group < split.row_groups; ++group) {
+      ChunkBuffers<Real> chunk = {};
+      chunk.packed_x = take_if(a.grad_weight_ih, plan.x_panels.size());
+      chunk.packed_h = take_if(a.grad_weight_hh, plan.h_panels.size());
+      chunk.packed_m = take_if(a.grad_weight_hr, plan.m_panels.size());
+      chunk.transposed = take_if(a.grad_weight_ih || a.grad_weight_hh, transposed(gates));
+      chunk.transposed_h = take_if(a.grad_weight_hr, transposed(a.features));
+      for (int parity = 0; parity < 2; ++parity) {
+        chunk.gates[parity] = take_if(!a.grad_gates.data, rows * gates);
+        chunk.whole_h[parity] = take_if(projected && !a.whole_grad_h.data, rows * a.features);
+      }
+      WeightGradients<Real> sums = {
+          static_cast<Real *>(a.grad_weight_ih), static_cast<Real *>(a.grad_weight_hh),
+          static_cast<Real *>(a.grad_bias), static_cast<Real *>(a.grad_weight_hr)};
+      if (group > 0) {
+        sums = {take_if(sums.ih, gates * a.input_size), take_if(sums.hh, gates * a.features),
+                take_if(sums.bias, gates), take_if(sums.hr, a.features * a.hidden_size)};
+      }
+      if (!memory.counting()) {
+        plan.chunks[group] = chunk;
+        plan.weights[group] = sums;
+      }
     }
     if (!memory.counting()) {
       advise_rows(plan.grad_gates, timeline, gates);

@@ -115,17 +115,60 @@ struct Simd {
     return t * reciprocal(t + Real(2));
   }
 
-  // The sum of all lanes, always in the same order.
-  INLINE Real sum(Vector v) {
-    Real lanes[kWidth];
-    __builtin_memcpy(lanes, &v, sizeof lanes);
-    _Pragma("GCC unroll 8") for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-      _Pragma("GCC unroll 16") for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  // Lane l becomes the sum of the lanes of rows[l], always in the same order.
+  INLINE Vector sums(Vector (&rows)[kWidth]) {
+#ifdef SHUFFLES
+    fold<kWidth / 2>(rows);
+    return rows[0];
+#else
+    Vector result{};
+    for (int64_t l = 0; l < kWidth; ++l) {
+      for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) rows[l][i] += rows[l][i + half];
+      }
+      result[l] = rows[l][0];
     }
-    return lanes[0];
+    return result;
+#endif
   }
 
+#ifdef SHUFFLES
+  // rows[r][l] becomes rows[l][r]: blocks of half, a quarter, ... of the width change places.
+  INLINE void transpose(Vector (&rows)[kWidth]) { exchange<kWidth / 2>(rows); }
+#endif
+
  private:
+#ifdef SHUFFLES
+  template <int BLOCK>
+  INLINE void fold(Vector (&rows)[kWidth]) {
+    typedef std::make_integer_sequence<int, int(kWidth)> Lanes;
+    _Pragma("GCC unroll 16") for (int r = 0; r < BLOCK; ++r) {
+      const Vector a = rows[r], b = rows[r + BLOCK];
+      rows[r] = first_halves<BLOCK>(a, b, Lanes{}) + second_halves<BLOCK>(a, b, Lanes{});
+    }
+    if constexpr (BLOCK > 1) fold<BLOCK / 2>(rows);
+  }
+  template <int BLOCK>
+  INLINE void exchange(Vector (&rows)[kWidth]) {
+    typedef std::make_integer_sequence<int, int(kWidth)> Lanes;
+    _Pragma("GCC unroll 16") for (int r = 0; r < kWidth; ++r) {
+      if (r & BLOCK) continue;
+      const Vector a = rows[r], b = rows[r + BLOCK];
+      rows[r] = first_halves<BLOCK>(a, b, Lanes{});
+      rows[r + BLOCK] = second_halves<BLOCK>(a, b, Lanes{});
+    }
+    if constexpr (BLOCK > 1) exchange<BLOCK / 2>(rows);
+  }
+  template <int BLOCK, int... LANE>
+  INLINE Vector first_halves(Vector a, Vector b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, (LANE & BLOCK ? LANE - BLOCK + int(kWidth) : LANE)...);
+  }
+  template <int BLOCK, int... LANE>
+  INLINE Vector second_halves(Vector a, Vector b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, (LANE & BLOCK ? LANE + int(kWidth) : LANE + BLOCK)...);
+  }
+#endif
+
   INLINE Vector load_some(const Real *p, int64_t count) {
 #if defined(HAS_AVX512)
     if constexpr (sizeof(Real) == 4)
