@@ -113,9 +113,19 @@ def lstm(
                 bidirectional=bidirectional,
                 batch_first=batch_first,
             )
+        if native and problem.autocast:
+            # As torch's operator: all in one dtype, and so the results.
+            dtype = problem.dtype
+            input, hx = input.to(dtype), (hx[0].to(dtype), hx[1].to(dtype))
+            weights = [weight.to(dtype) for weight in weights]
     directions = 2 if bidirectional else 1
     groups = _by_direction(weights, bias)
     states = num_layers * directions
+    if len(groups) != states or len(weights) % states:
+        raise RuntimeError(
+            f"Expected the weights of {num_layers} layers in {directions} directions, "
+            f"{states} groups of equal size, got {len(weights)} tensors"
+        )
     shape = (states, problem.batch, problem.hidden_size) if native else ()
     if not (native and problem.steps and _fit(groups, input, hx, shape, directions)):
         _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
@@ -454,6 +464,12 @@ def lstm_cell(
             if chosen == AtenBackend.name:
                 return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
             if chosen == NativeBackend.name and not transform:
+                if autocast:
+                    dtype = torch.get_autocast_dtype(input.device.type)
+                    input, hx = input.to(dtype), (hx[0].to(dtype), hx[1].to(dtype))
+                    weights = DirectionWeights(
+                        *(w if w is None else w.to(dtype) for w in weights)  # type: ignore[arg-type]
+                    )
                 states = (input.shape[0], weight_hh.shape[1])
                 if not _fit([weights], input, hx, states, 1):
                     _check_cell(input, hx, weight_ih, weight_hh)
@@ -485,6 +501,11 @@ def _check_cell(
                 f"Expected {name} to have the dtype of the input, {input.dtype}, got {tensor.dtype}"
             )
     for k, state in enumerate(hx):
+        if state.device != input.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, found input at {input.device} and "
+                f"hidden{k} at {state.device}"
+            )
         if state.shape[0] != input.shape[0]:
             raise RuntimeError(
                 f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size "

@@ -8,10 +8,18 @@ import warnings
 
 import pytest
 import torch
+from fused_lstm.kernels.cpu import library
 from torch import nn
 
 import fused_lstm
-from fused_lstm import BackendUnavailableError, KernelFallbackWarning, backends, explain, ops
+from fused_lstm import (
+    BackendUnavailableError,
+    KernelFallbackWarning,
+    backends,
+    explain,
+    functional,
+    ops,
+)
 from fused_lstm.backends import Problem, Support
 from fused_lstm.backends.reference import ReferenceBackend
 from fused_lstm.devices import describe_device
@@ -19,6 +27,14 @@ from fused_lstm.devices import describe_device
 
 def make_problem(device: str = "cpu", dtype: torch.dtype = torch.float32, **options) -> Problem:
     return Problem(describe_device(device), dtype, 10, 4, 16, **options)
+
+
+def native_is_there() -> bool:
+    try:
+        library.load()
+    except library.LibraryUnavailableError:
+        return False
+    return True
 
 
 class BrokenKernel(ReferenceBackend):
@@ -66,16 +82,74 @@ def install(monkeypatch, clean_choices):
     return put_first
 
 
-def test_a_cpu_gets_torchs_own_layers_and_one_recurrence_the_reference() -> None:
+# What a CPU has by default for layers, and for one recurrence, in float32 and float64.
+LAYERS, RECURRENCE = ("native", "native") if native_is_there() else ("aten", "reference")
+
+
+def test_the_order() -> None:
+    assert backends.ORDER == ("native", "triton", "aten", "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cpu_gets_the_native_kernels_for_layers_and_for_one_recurrence(dtype) -> None:
+    assert backends.select_backend(make_problem(dtype=dtype, whole_layers=True)) == LAYERS
+    assert backends.select_backend(make_problem(dtype=dtype)) == RECURRENCE
+
+
+def test_float16_gets_torchs_own_layers_and_one_recurrence_the_reference() -> None:
+    dtype = torch.float16
+    assert backends.select_backend(make_problem(dtype=dtype, whole_layers=True)) == "aten"
+    assert backends.select_backend(make_problem(dtype=dtype)) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "batch", "training", "default"),
+    [
+        (64, 1, False, LAYERS),
+        (512, 1, False, "aten"),
+        (512, 1, True, LAYERS),
+        (512, 32, False, LAYERS),
+    ],
+)
+def test_bfloat16_layers_whose_weights_outgrow_the_cache(hidden_size, batch, training, default):
+    problem = make_problem(
+        dtype=torch.bfloat16,
+        training=training,
+        whole_layers=True,
+    )._replace(hidden_size=hidden_size, batch=batch)
+    assert backends.select_backend(problem) == default
+    assert backends.supports("native", problem).ok == (LAYERS == "native")
+
+
+def test_without_the_library_a_cpu_gets_torchs_own_layers(monkeypatch, clean_choices) -> None:
+    def absent():
+        raise library.LibraryUnavailableError("it was not built")
+
+    monkeypatch.setattr("fused_lstm.kernels.cpu.load", absent)
     assert backends.select_backend(make_problem(whole_layers=True)) == "aten"
     assert backends.select_backend(make_problem()) == "reference"
+    layer = fused_lstm.LSTM(3, 4)
+    assert explain(layer).reasons["native"] == "cannot run it: it was not built"
+    torch.testing.assert_close(
+        layer(torch.ones(5, 2, 3))[0], layer.to_torch()(torch.ones(5, 2, 3))[0]
+    )
 
 
-def test_transforms_leave_torchs_operator() -> None:
-    for transform in ("vmap", "jvp"):
-        problem = make_problem(whole_layers=True, transform=transform)
-        assert backends.select_backend(problem) == "reference"
-        assert "PyTorch's operator has no" in backends.supports("aten", problem).reason
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_transforms_leave_torchs_operator(transform) -> None:
+    problem = make_problem(whole_layers=True, transform=transform)
+    assert backends.select_backend(problem) == RECURRENCE
+    assert "PyTorch's operator has no" in backends.supports("aten", problem).reason
+    with pytest.raises(BackendUnavailableError, match="PyTorch's operator has no"):
+        backends.select_backend(problem, "aten")
+    half = problem._replace(dtype=torch.float16)
+    assert backends.select_backend(half) == "reference"
+
+
+@pytest.mark.parametrize("transform", ["trace", "modes"])
+def test_recordings_hold_torchs_operator(transform) -> None:
+    problem = make_problem(whole_layers=True, transform=transform)
+    assert backends.select_backend(problem) == "aten"
 
 
 def test_more_steps_than_cudnn_takes() -> None:
@@ -93,7 +167,9 @@ def test_a_name_that_cannot_run_raises_its_reason() -> None:
 
 @pytest.mark.parametrize("make", [fused_lstm.LSTM, fused_lstm.LSTMCell])
 def test_unknown_names_are_refused_where_they_are_given(make) -> None:
-    with pytest.raises(ValueError, match="backend='cudnn': expected None or one of triton, aten"):
+    with pytest.raises(
+        ValueError, match="backend='cudnn': expected None or one of native, triton, aten"
+    ):
         make(3, 4, backend="cudnn")
     with pytest.raises(TypeError, match="backend should be None or a str, got: int"):
         make(3, 4, backend=3)
@@ -111,12 +187,12 @@ def test_use_backend_nests_restores_and_yields_to_a_layers_own(install) -> None:
             assert explain(layer, x).backend == "reference"
             layer(x)
         with fused_lstm.use_backend(None):
-            assert explain(layer, x).backend == "aten"
+            assert explain(layer, x).backend == LAYERS
         own = fused_lstm.LSTM(3, 4, backend="aten")
         assert explain(own, x).backend == "aten"
         own(x)
     assert broken.launches == 0
-    assert explain(layer, x).backend == "aten"
+    assert explain(layer, x).backend == LAYERS
 
 
 def test_use_backend_reaches_a_cell() -> None:
@@ -165,7 +241,7 @@ def test_running_out_of_memory_is_no_reason_to_fall_back(install) -> None:
 def test_explain_on_a_cpu() -> None:
     layer = fused_lstm.LSTM(3, 4, num_layers=2)
     explanation = explain(layer, torch.randn(7, 2, 3))
-    assert explanation.backend == "aten"
+    assert explanation.backend == LAYERS
     assert list(explanation.reasons) == list(backends.ORDER)
     assert explanation.problem.steps == 7
     assert explanation.problem.batch == 2
@@ -173,7 +249,11 @@ def test_explain_on_a_cpu() -> None:
     assert (
         "LSTM(3, 4, num_layers=2) on CPU: input of 7 steps × 2 sequences, float32, training" in text
     )
-    assert "-> aten" in text
+    assert f"-> {LAYERS}" in text
+    if LAYERS == "native":
+        assert "not needed: PyTorch's own fused layers (oneDNN or ATen)" in text
+        (line,) = (line for line in text.splitlines() if "-> native" in line)
+        assert "the first that can run it: native kernels for" in line
     assert "not needed: plain PyTorch" in text
 
 
@@ -219,8 +299,9 @@ def test_explain_reads_the_sizes_of_every_input_form() -> None:
 
 
 def test_explain_takes_torchs_layers_and_refuses_others() -> None:
-    assert explain(nn.LSTM(3, 4)).backend == "aten"
-    assert explain(nn.LSTMCell(3, 4)).backend == "aten"
+    assert explain(nn.LSTM(3, 4)).backend == LAYERS
+    assert explain(nn.LSTMCell(3, 4)).backend == LAYERS
+    assert explain(nn.LSTM(3, 4, dtype=torch.float16)).backend == "aten"
     with pytest.raises(TypeError, match="module should be an LSTM or LSTMCell, got: GRU"):
         explain(nn.GRU(3, 4))
     with pytest.raises(ValueError, match="device='hopper': expected a torch device"):
@@ -245,29 +326,37 @@ print(fused_lstm.explain(layer, device="sm_90").reasons["triton"])
     assert result.stdout.strip() == "cannot run it: the package triton is not installed"
 
 
-def test_using_the_package_on_a_cpu_loads_no_kernel() -> None:
+def test_using_the_package_on_a_cpu_loads_no_kernel_of_another_device() -> None:
     code = """
 import sys, torch, fused_lstm
-fused_lstm.LSTM(3, 4)(torch.randn(2, 1, 3))
-assert "triton" not in sys.modules, "triton was imported"
 assert "fused_lstm.kernels" not in sys.modules
+with torch.no_grad():
+    fused_lstm.LSTM(3, 4, dtype=torch.float16)(torch.randn(2, 1, 3, dtype=torch.float16))
+assert "fused_lstm.kernels" not in sys.modules, "a kernel was loaded that cannot run this"
+layer = fused_lstm.LSTM(3, 4)
+layer(torch.randn(2, 1, 3))[0].sum().backward()
+layer(torch.randn(2, 1, 3), (torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)))
+assert "triton" not in sys.modules, "triton was imported"
+assert "fused_lstm.kernels.triton" not in sys.modules
 """
     environment_without_interpreter = {"PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment_without_interpreter)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_compiled_model_runs_the_layer_as_uncompiled_ones_do(monkeypatch, grad: bool) -> None:
-    """The compiler stops at an RNN; what it leaves alone has PyTorch's operator to choose from."""
-    aten = backends.get_backend("aten")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_runs_the_layer_as_uncompiled_ones_do(monkeypatch, grad, dtype) -> None:
+    """The compiler stops at an RNN; what it leaves alone has whole layers to choose from."""
     calls = []
-    layers = type(aten).layers
-    monkeypatch.setattr(
-        type(aten), "layers", lambda *args, **kwargs: calls.append(1) or layers(*args, **kwargs)
-    )
-    model = nn.Sequential(nn.Linear(3, 3), fused_lstm.LSTM(3, 4))
+    if LAYERS == "native":
+        owner, name = functional, "native_layer"
+    else:
+        owner, name = type(backends.get_backend("aten")), "layers"
+    run = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kw: calls.append(1) or run(*args, **kw))
+    model = nn.Sequential(nn.Linear(3, 3), fused_lstm.LSTM(3, 4)).to(dtype)
     compiled = torch.compile(model, backend="aot_eager")
-    x = torch.randn(5, 2, 3)
+    x = torch.randn(5, 2, 3, dtype=dtype)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(compiled(x)[0], model(x)[0])
     assert len(calls) == 2

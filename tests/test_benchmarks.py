@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import fields
 
 import pytest
 import torch
-from torch import nn
 
 import fused_lstm
 from benchmarks import cases, compare, records, timing
@@ -48,7 +49,7 @@ class FallsBack(fused_lstm.LSTM):
 
 
 def with_ours(monkeypatch, layer):
-    providers = [Provider("torch", nn.LSTM), Provider("fused_lstm", layer)]
+    providers = [cases.TORCH, Provider("fused_lstm", layer, fused_lstm.LSTMCell)]
     monkeypatch.setattr(cases, "list_providers", lambda backends: providers)
 
 
@@ -66,6 +67,7 @@ def test_records_of_a_tiny_case_are_complete(tmp_path, capsys) -> None:
     assert run["not_run"] == {}
     assert record["case"]["dtype"] == "float32"
     assert [record["case"][size] for size in "TBIH"] == [3, 2, 4, 5]
+    assert record["calls_per_sample"] == 1
     assert record["gemm_flops_per_second"] > 0
     assert set(record["environment"]) == {field.name for field in fields(Environment)}
     assert record["environment"]["torch"] == torch.__version__
@@ -92,6 +94,42 @@ def test_records_of_a_tiny_case_are_complete(tmp_path, capsys) -> None:
     assert results[0]["ratio"] == results[0]["ratio_of_pairs"] == 1
     torch_seconds, our_seconds = (results[k]["seconds"]["p50"] for k in (0, 1))
     assert results[1]["ratio"] == pytest.approx(torch_seconds / our_seconds)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "name", "inference_results"),
+    [
+        (Shape(3, 2, 4, 6, proj_size=3), "float32", "t3-b2-i4-h6-p3-float32", 3),
+        (Shape(8, 3, 4, 5, packed=True), "float32", "t8-b3-i4-h5-packed-float32", 3),
+        (Shape(1, 2, 4, 5, cell=True), "float32", "cell-b2-i4-h5-float32", 2),
+        (Shape(3, 2, 4, 5), "float64", "t3-b2-i4-h5-float64", 3),
+        (Shape(3, 2, 4, 5), "bfloat16", "t3-b2-i4-h5-bfloat16", 3),
+    ],
+)
+def test_every_kind_of_case_is_checked_and_timed(
+    tmp_path, shape, dtype, name, inference_results
+) -> None:
+    status = compare.run(
+        [Case(shape, dtype)],
+        # Of another order of operations than torch's own, in float64 too.
+        cases.list_providers(["reference"]),
+        torch.device("cpu"),
+        tmp_path,
+        seconds=0.01,
+        budget=60,
+    )
+    assert status == 0
+    record = read_records(tmp_path)[f"{name}.json"]
+    assert record["case"]["proj_size"] == shape.proj_size
+    assert record["case"]["packed"] == shape.packed
+    assert record["calls_per_sample"] == (cases.CALLS_PER_SAMPLE_OF_CELL if shape.cell else 1)
+    for result in record["results"]:
+        assert result["status"] == "timed", result["detail"]
+        assert result["backend"] == ("torch" if result["provider"] == "torch" else "reference")
+        # In training besides the gradients of three inputs and four or five parameters.
+        gradients = (7 + bool(shape.proj_size)) * (result["mode"] == "training")
+        assert len(result["errors"]) == inference_results + gradients
+        assert all(error["budget"] > 0 for error in result["errors"].values())
 
 
 def test_a_second_run_overwrites_the_same_files(tmp_path) -> None:
@@ -175,6 +213,53 @@ def test_a_case_that_breaks_off_fails_the_run(tmp_path, monkeypatch) -> None:
     assert run["not_run"] == {"t3-b2-i4-h5-float32": "RuntimeError: out of inputs"}
 
 
+def test_the_tuned_allocator_is_a_child_process_of_its_own_records(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(compare.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    arguments = [*TINY, "--out", str(tmp_path), "--tuned-allocator"]
+    children = []
+
+    def run(command, **options):
+        children.append((command, options["env"]))
+        return subprocess.CompletedProcess(command, 3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.subprocess, "run", run)
+        assert compare.main(arguments) == 3
+    ((command, environment),) = children
+    assert command == [sys.executable, "-m", "benchmarks.compare", *arguments]
+    four_gib = "4294967296"
+    assert environment["MALLOC_MMAP_THRESHOLD_"] == four_gib
+    assert environment["MALLOC_TRIM_THRESHOLD_"] == four_gib
+
+    # What that child does, but for its allocator.
+    for name in records.TUNED_ALLOCATOR:
+        monkeypatch.setenv(name, environment[name])
+    assert compare.main(arguments) == 0
+    contents = read_records(tmp_path)
+    name = "t3-b2-i4-h5-float32-tuned-allocator"
+    assert set(contents) == {"run-tuned-allocator.json", f"{name}.json"}
+    assert contents["run-tuned-allocator.json"]["cases"] == [name]
+    record = contents[f"{name}.json"]
+    assert record["environment"]["allocator"] == "glibc, 4 GiB thresholds"
+    assert {result["mode"] for result in record["results"]} == {"training"}
+
+
+@pytest.mark.parametrize(
+    ("device", "library", "expected"),
+    [
+        ("cpu", ("", ""), "expected a Python on glibc 2.35 or later, got "),
+        ("cpu", ("glibc", "2.31"), "expected a Python on glibc 2.35 or later, got glibc 2.31"),
+        ("cuda:0", ("glibc", "2.36"), "expected --device cpu, got 'cuda:0'"),
+    ],
+)
+def test_the_allocator_that_cannot_be_tuned(monkeypatch, capsys, device, library, expected) -> None:
+    monkeypatch.setattr(compare.platform, "libc_ver", lambda: library)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--device", device, "--tuned-allocator"])
+    assert stop.value.code == 2
+    assert f"argument --tuned-allocator: {expected}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "expected"),
     [
@@ -242,6 +327,41 @@ def test_the_table_needs_no_rich(monkeypatch, capsys) -> None:
     assert "fused_lstm UNAVAILABLE: no reason" in lines[1]
 
 
+def test_headlines_are_geometric_means_over_the_named_shapes() -> None:
+    def results(inference, training):
+        ours = [("inference", inference), ("training", training)]
+        return [
+            Result("torch", "inference", "eager", 1, ratio=1.0),
+            *(Result("fused_lstm", mode, "eager", 1, ratio=ratio) for mode, ratio in ours),
+        ]
+
+    first, second = cases.HEADLINE_SHAPES[:2]
+    done = [
+        (Case(first, "float32"), results(1.0, 3.0)),
+        (Case(second, "float32"), results(4.0, None)),
+        (Case(first, "bfloat16"), results(100.0, 100.0)),
+        (Case(Shape(1, 2, 3, 4), "float32"), results(100.0, 100.0)),
+    ]
+    inference, training = records.list_headlines(done)
+    assert (inference.provider, inference.mode) == ("fused_lstm", "inference")
+    assert inference.geometric_mean_of_ratio == pytest.approx(2)
+    assert inference.shapes == (first.name, second.name)
+    assert training.geometric_mean_of_ratio == pytest.approx(3)
+    assert training.shapes == (first.name,)
+
+
+def test_headlines_are_printed_and_recorded(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cases, "HEADLINE_SHAPES", (Shape(3, 2, 4, 5),))
+    assert compare.main([*TINY, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    headlines = read_records(tmp_path)["run.json"]["headlines"]
+    assert [headline["mode"] for headline in headlines] == list(cases.MODES)
+    for headline in headlines:
+        assert headline["shapes"] == ["t3-b2-i4-h5"]
+        figure = headline["geometric_mean_of_ratio"]
+        assert f"fused_lstm, {headline['mode']}: {figure:.2f}, the geometric mean" in printed
+
+
 def test_files_are_replaced_whole(tmp_path) -> None:
     path = tmp_path / "folder" / "record.json"
     records.write_json(path, {"a": 1})
@@ -259,6 +379,24 @@ def test_operations_are_counted() -> None:
     assert case.flops("training") == 3 * by_hand
 
 
+def test_operations_of_a_projection_and_of_packed_rows_are_counted() -> None:
+    case = Case(Shape(2, 3, 4, 5, proj_size=2, num_layers=2), "float32")
+    # x·W_ihᵀ, h·W_hhᵀ and o⊙tanh(c)·W_hrᵀ, for both layers.
+    by_hand = sum(2 * (2 * 3) * (20 * (width + 2) + 5 * 2) for width in (4, 2))
+    assert case.flops("inference") == by_hand
+
+    packed = Shape(40, 16, 4, 5, packed=True)
+    rows = int(packed.lengths.sum())
+    assert Case(packed, "float32").flops("inference") == 2 * rows * 20 * (4 + 5)
+    assert packed.lengths.tolist() == sorted(packed.lengths.tolist(), reverse=True)
+    assert 10 <= packed.lengths.min() < packed.lengths.max() <= 40
+    data = cases.make_data(Case(packed, "float32"), torch.device("cpu"))
+    assert data.input.data.shape == (rows, 4)
+    assert int(data.batch_sizes.sum()) == rows
+    lengths = nn.utils.rnn.pad_packed_sequence(data.input)[1]
+    assert torch.equal(lengths, packed.lengths)
+
+
 def test_contenders_take_turns_and_sets_rotate() -> None:
     order = []
 
@@ -271,6 +409,11 @@ def test_contenders_take_turns_and_sets_rotate() -> None:
     assert "".join(name for name, _ in turns) == "abbaabbaab"
     assert [index for _, index in turns[::2]] == [0, 1, 0, 1, 0]
     assert [len(taken.seconds) for taken in samples.values()] == [5, 5]
+    order.clear()
+    timing.time_in_turns(calls, torch.device("cpu"), 1e-9, calls_per_sample=3)
+    assert (
+        "".join(name for name, _ in order[6 * timing.WARM_UP :]) == "aaabbbbbbaaaaaabbbbbbaaaaaabbb"
+    )
     assert timing.ratio_of_pairs([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2
 
 
@@ -278,3 +421,11 @@ def test_contenders_take_turns_and_sets_rotate() -> None:
 def test_names_of_cases_are_unique(device_type) -> None:
     names = [case.name for case in cases.list_cases(device_type)]
     assert len(set(names)) == len(names) >= 13
+
+
+def test_default_cases_on_a_cpu_begin_with_the_headline_shapes() -> None:
+    chosen = cases.list_cases("cpu")
+    headline = [Case(shape, "float32") for shape in cases.HEADLINE_SHAPES]
+    assert chosen[: len(headline)] == headline
+    # A dtype that is asked for is that of every shape.
+    assert [case.shape for case in cases.list_cases("cpu", ["float64"])] == list(cases.CPU_SHAPES)

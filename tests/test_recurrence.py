@@ -35,6 +35,22 @@ def make_arguments(
     }
 
 
+@pytest.fixture(params=[None, "native", "reference"], ids=["default", "native", "plain"])
+def backend(request):
+    """Runs a test on the default choice and on every backend that a CPU always has.
+
+    The choice is made around the test, so that its oracles and options stay as they are.
+    """
+    if request.param == "native":
+        kernels = pytest.importorskip("fused_lstm.kernels.cpu")
+        try:
+            kernels.load()
+        except kernels.LibraryUnavailableError as error:
+            pytest.skip(str(error))
+    with fused_lstm.use_backend(request.param):
+        yield request.param
+
+
 def as_function(arguments, packed, reverse, function=lstm_recurrence, **options):
     """The recurrence as a function of its tensors alone, and those tensors."""
     names = [name for name, value in arguments.items() if value is not None]
@@ -63,6 +79,7 @@ variants = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.usefixtures("backend")
 @variants
 def test_values_equal_torch(projected: bool, packed: bool, reverse: bool) -> None:
     arguments = make_arguments(projected=projected, packed=packed)
@@ -91,6 +108,7 @@ def test_values_equal_torch(projected: bool, packed: bool, reverse: bool) -> Non
     assert c.shape == (*x.data.shape[:-1], H) if packed else c.shape == (T, B, H)
 
 
+@pytest.mark.usefixtures("backend")
 @variants
 def test_gradients_equal_autograd_of_the_reference(
     projected: bool, packed: bool, reverse: bool
@@ -108,6 +126,7 @@ def test_gradients_equal_autograd_of_the_reference(
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.usefixtures("backend")
 @variants
 def test_numerical_derivatives_of_first_and_second_order(
     projected: bool, packed: bool, reverse: bool
@@ -118,6 +137,7 @@ def test_numerical_derivatives_of_first_and_second_order(
     assert gradgradcheck(run, leaves, fast_mode=True, check_fwd_over_rev=True)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("used", range(4), ids=["h", "c", "h_n", "c_n"])
 def test_gradient_of_one_output_alone(used: int) -> None:
     arguments = make_arguments()
@@ -130,6 +150,7 @@ def test_gradient_of_one_output_alone(used: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("backend")
 def test_third_derivative() -> None:
     run, tensors = as_function(make_arguments(), False, False)
     ref, _ = as_function(make_arguments(), False, False, reference.lstm_recurrence)
@@ -155,6 +176,7 @@ def test_dtypes_of_results(dtype: torch.dtype) -> None:
     assert (out.h.double() - exact.h).abs().max() < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.usefixtures("backend")
 @variants
 def test_vmap_over_everything_and_over_weights(
     projected: bool, packed: bool, reverse: bool
@@ -172,6 +194,7 @@ def test_vmap_over_everything_and_over_weights(
         torch.testing.assert_close(a, torch.stack(b))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("packed", [False, True])
 def test_per_sample_gradients(packed: bool) -> None:
     run, tensors = as_function(make_arguments(packed=packed), packed, False)
@@ -187,6 +210,7 @@ def test_per_sample_gradients(packed: bool) -> None:
         torch.testing.assert_close(per_sample[k], expected)
 
 
+@pytest.mark.usefixtures("backend")
 def test_hessian_jacobians_and_forward_mode() -> None:
     run, tensors = as_function(make_arguments(), False, False)
     ref, _ = as_function(make_arguments(), False, False, reference.lstm_recurrence)
@@ -243,6 +267,7 @@ def test_compiles_into_one_graph_with_gradients(packed: bool) -> None:
         torch.testing.assert_close(eager, traced)
 
 
+@pytest.mark.usefixtures("backend")
 def test_saved_tensor_changed_in_place_is_noticed() -> None:
     run, tensors = as_function(make_arguments(), False, False)
     weight = tensors[1].clone().requires_grad_()
@@ -253,6 +278,7 @@ def test_saved_tensor_changed_in_place_is_noticed() -> None:
         h.sum().backward()
 
 
+@pytest.mark.usefixtures("backend")
 def test_second_backward_needs_retain_graph() -> None:
     run, tensors = as_function(make_arguments(), False, False)
     gates = tensors[0].clone().requires_grad_()
@@ -262,6 +288,7 @@ def test_second_backward_needs_retain_graph() -> None:
         loss.backward()
 
 
+@pytest.mark.usefixtures("backend")
 def test_batch_of_none() -> None:
     leaves = [
         torch.randn(s, requires_grad=True) for s in ((T, 0, 4 * H), (4 * H, H), (0, H), (0, H))

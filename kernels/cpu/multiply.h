@@ -1,19 +1,20 @@
 // Matrix products on register tiles, and the panels they read. Included once per instruction set,
 // after simd.h.
 
-// sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], k < depth.
-template <class Real, int ROWS, int COLUMNS, int STEP = 1>
-INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
-                       const Real *const (&rows)[ROWS], const Real *__restrict panel,
-                       int64_t depth) {
+// sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], begin <= k < end, one after another.
+template <class Real, int ROWS, int COLUMNS, int STEP>
+INLINE void accumulate_chain(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
+                             const Real *const (&rows)[ROWS], const Real *__restrict panel,
+                             int64_t begin, int64_t end) {
   typedef Simd<Real> S;
   typedef typename S::Vector Vector;
   constexpr int64_t kStep = COLUMNS * S::kWidth;
-  int64_t k = 0;
+  int64_t k = begin;
+  panel += begin * kStep;
   if constexpr (ROWS * COLUMNS < 8) {
     // Too few sums to hide the latency of an addition: a second set takes every other k.
     Vector odd[ROWS][COLUMNS] = {};
-    for (; k + 1 < depth; k += 2, panel += 2 * kStep) {
+    for (; k + 1 < end; k += 2, panel += 2 * kStep) {
       Vector w[2][COLUMNS];
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
         w[0][z] = S::load(panel + z * S::kWidth);
@@ -32,13 +33,39 @@ INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) sum[r][z] += odd[r][z];
     }
   }
-  for (; k < depth; ++k, panel += kStep) {
+  for (; k < end; ++k, panel += kStep) {
     Vector w[COLUMNS];
     _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) w[z] = S::load(panel + z * S::kWidth);
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
       const Vector a = S::broadcast(rows[r][k * STEP]);
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) sum[r][z] += a * w[z];
     }
+  }
+}
+
+// Products of a longer sum are added up in chains of this length, and the chains then: the error of
+// a sum grows with the length of its chains.
+constexpr int64_t kChain = 512;
+
+// sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], k < depth.
+template <class Real, int ROWS, int COLUMNS, int STEP = 1>
+INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
+                       const Real *const (&rows)[ROWS], const Real *panel, int64_t depth) {
+  typename Simd<Real>::Vector chains[ROWS][COLUMNS];
+  int64_t k = 0;
+  for (;; k += kChain) {
+    accumulate_chain<Real, ROWS, COLUMNS, STEP>(sum, rows, panel, k, min(k + kChain, depth));
+    if (k + kChain >= depth) break;
+    for (int r = 0; r < ROWS; ++r) {
+      for (int z = 0; z < COLUMNS; ++z) {
+        chains[r][z] = k ? chains[r][z] + sum[r][z] : sum[r][z];
+        sum[r][z] = typename Simd<Real>::Vector{};
+      }
+    }
+  }
+  if (!k) return;
+  for (int r = 0; r < ROWS; ++r) {
+    for (int z = 0; z < COLUMNS; ++z) sum[r][z] += chains[r][z];
   }
 }
 

@@ -111,8 +111,10 @@ struct Simd {
   // t / (t + 2) with t = exp(2x) - 1, which loses no digits near 0.
   INLINE Vector tanh(Vector x) {
     Exponential e = exponential(clamp(x + x, Constants::kTanhLimit));
-    Vector t = e.scale * e.reduced + (e.scale - Real(1));
-    return t * reciprocal(t + Real(2));
+    const Vector t = e.scale * e.reduced + (e.scale - Real(1)), d = t + Real(2);
+    const Vector y = reciprocal(d), quotient = t * y;
+    // Corrected by its remainder, or a tanh of 1 would be off by a rounding, and maybe above 1.
+    return quotient + y * (t - quotient * d);
   }
 
   // Lane l becomes the sum of the lanes of rows[l], always in the same order.

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=[None, "reference"], ids=["default", "reference"])
+@pytest.fixture(params=[None, "aten", "reference"], ids=["default", "aten", "reference"])
 def backend(request):
-    """Every behaviour holds for the default choice and for the layer written in plain PyTorch."""
+    """Every behaviour holds for the default choice, for PyTorch's layers and for plain PyTorch."""
     return request.param
 
 

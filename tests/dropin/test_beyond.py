@@ -43,6 +43,12 @@ SOME_OPTIONS = {
 each_option = pytest.mark.parametrize("options", SOME_OPTIONS.values(), ids=SOME_OPTIONS)
 
 
+@pytest.fixture(params=[None, "reference"], ids=["default", "reference"])
+def backend(request):
+    """Not PyTorch's own layers, which can do next to nothing of this."""
+    return request.param
+
+
 def build(backend, *args, **options):
     return build_pair(*args, dtype=torch.float64, backend=backend, **options)
 

@@ -193,6 +193,8 @@ def test_no_random_numbers_are_consumed(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, backend):
+    if (backend, dtype) == ("aten", torch.float16):
+        pytest.skip("oneDNN cannot train in float16 under autocast")
     native, ours = build_cells(backend=backend)
     x, hx = cell_input(), cell_states()
     exact = step(copy.deepcopy(native).double(), x.double(), tuple(t.double() for t in hx))

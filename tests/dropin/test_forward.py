@@ -481,6 +481,8 @@ def test_autocast_to_bfloat16(options, form, with_states, backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_skips_the_dtype_check(dtype, backend):
+    if (backend, dtype) == ("aten", torch.float16):
+        pytest.skip("oneDNN cannot train in float16 under autocast")
     native, ours = build_pair(backend=backend)
     x = make_input(dtype=dtype)
     assert outcome(lambda: ours(x)).error is ValueError
