@@ -1,6 +1,6 @@
-"""Time fused_lstm.LSTM beside torch.nn.LSTM: same parameters, same inputs, taking turns.
+"""Time fused_lstm's layers beside torch.nn's: same parameters, same inputs, taking turns.
 
-Each layer is first checked against a float64 torch.nn.LSTM; one that is wrong is not timed.
+Each layer is first checked against torch.nn's in float64; one that is wrong is not timed.
 Records go to a folder named after the device. The exit status is 0; 1 if a layer was wrong or
 failed; 2 for arguments that cannot be.
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,16 +30,32 @@ from benchmarks.records import Environment, Result
 from fused_lstm import ops
 from fused_lstm.backends import ORDER
 
-DEFAULT_SECONDS = {"cpu": 1.0, "cuda": 0.3}
-DEFAULT_BUDGET = {"cpu": 240.0, "cuda": 150.0}
+DEFAULT_SECONDS = {"cpu": 2.0, "cuda": 0.3}
+DEFAULT_BUDGET = {"cpu": 420.0, "cuda": 150.0}
 DEFAULT_BACKENDS = {"cpu": ("default",), "cuda": ("default", "triton")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     device: torch.device = options.device
+    if options.tuned_allocator:
+        if device.type != "cpu":
+            parser.error(f"argument --tuned-allocator: expected --device cpu, got {str(device)!r}")
+        library, version = platform.libc_ver()
+        # Before 2.35, it ignored thresholds above 32 MiB.
+        if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+            parser.error(
+                "argument --tuned-allocator: expected a Python on glibc 2.35 or later, got "
+                f"{' '.join((library, version)).strip() or platform.system()}"
+            )
+        if not records.allocator_is_tuned():
+            # The allocator reads its environment when a process starts.
+            command = [sys.executable, "-m", "benchmarks.compare", *arguments]
+            environment = {**os.environ, **records.TUNED_ALLOCATOR}
+            return subprocess.run(command, env=environment, check=False).returncode
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error(
@@ -59,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"argument --out: expected a folder that can be written to, got {str(options.out)!r} "
             f"({error.strerror})"
         )
-    chosen = cases.list_cases(device.type, options.dtype or (), options.shape or ())
+    chosen = [
+        replace(case, tuned_allocator=options.tuned_allocator)
+        for case in cases.list_cases(device.type, options.dtype or (), options.shape or ())
+    ]
     return run(
         chosen,
         cases.list_providers(options.backend or DEFAULT_BACKENDS[device.type]),
@@ -67,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out,
         seconds=options.seconds or DEFAULT_SECONDS[device.type],
         budget=options.budget or DEFAULT_BUDGET[device.type],
+        name="run" + cases.TUNED_ALLOCATOR_SUFFIX * options.tuned_allocator,
     )
 
 
@@ -78,16 +101,18 @@ def run(
     *,
     seconds: float,
     budget: float,
+    name: str = "run",
 ) -> int:
     """Run cases until the budget is spent, write their records, print the table.
 
     Args:
         chosen: the cases, in order.
-        providers: `torch.nn.LSTM` first.
+        providers: `cases.TORCH` first.
         device: where to run.
         out: folder of all devices' records.
         seconds: time for each case and mode.
         budget: seconds for the whole run; a case that would not fit is not begun.
+        name: of the record of the run.
 
     Returns:
         0, or 1 if a layer was wrong or failed.
@@ -139,7 +164,8 @@ def run(
         )
         done.append((case, results))
         durations.append(time.monotonic() - begun)
-    right = _report(folder, environment, done, not_run, budget, time.monotonic() - start)
+    path = folder / f"{name}.json"
+    right = _report(path, environment, done, not_run, budget, time.monotonic() - start)
     return 0 if right and not broken else 1
 
 
@@ -165,7 +191,7 @@ def measure(
 
     Args:
         case: what to run.
-        providers: `torch.nn.LSTM` first.
+        providers: `cases.TORCH` first.
         device: where to run.
         seconds: time for each mode.
         gemm: floating-point operations per second of a large matrix product.
@@ -180,10 +206,10 @@ def measure(
     reference = cases.make_layer(
         providers[0], case, parameters, device, "training", dtype=torch.float64
     )
-    exact = [tensor.detach() for tensor in cases.run_layer(reference, first.double())]
+    exact = [t.detach() for t in cases.run_layer(reference, first.to(torch.float64))]
     launches = ("eager", "graph") if device.type == "cuda" else ("eager",)
     results: list[Result] = []
-    for mode in cases.MODES:
+    for mode in case.modes:
         comparison = _Comparison(case, mode, device, parameters, data, exact)
         with torch.set_grad_enabled(mode == "training"), warnings.catch_warnings():
             # What falls back to another backend would be timed under a wrong name.
@@ -209,7 +235,7 @@ class _Comparison:
     ) -> None:
         self.case, self.mode, self.device = case, mode, device
         self.parameters, self.data = parameters, data
-        self.exact = exact if mode == "training" else exact[: len(cases.OUTPUTS)]
+        self.exact = exact if mode == "training" else exact[: len(data[0].gradients)]
         self.budgets: list[float] = []
         self.calls: dict[tuple[str, str], timing.Call] = {}
         self.results: dict[tuple[str, str], Result] = {}
@@ -238,8 +264,8 @@ class _Comparison:
         case, device = self.case, self.device
         layer = cases.make_layer(provider, case, self.parameters, device, self.mode)
         names = cases.result_names(layer, self.mode)
-        if isinstance(layer, fused_lstm.LSTM):
-            explanation = fused_lstm.explain(layer, self.data[0].inputs[0])
+        if isinstance(layer, fused_lstm.LSTM | fused_lstm.LSTMCell):
+            explanation = fused_lstm.explain(layer, self.data[0].input)
             result.backend = explanation.backend
             result.reason = explanation.reasons.get(explanation.backend, "")
 
@@ -252,9 +278,10 @@ class _Comparison:
         if not self.budgets:
             if provider.name != "torch":
                 raise fused_lstm.BackendUnavailableError(
-                    "torch.nn.LSTM, whose error would be the measure, could not run"
+                    "torch.nn's layer, whose error would be the measure, could not run"
                 )
-            self.budgets = cases.error_budgets(errors, self.exact, case.dtype)
+            native_errors = self._float64_errors() if case.dtype == torch.float64 else errors
+            self.budgets = cases.error_budgets(native_errors, self.exact, case.dtype)
         result.errors = {
             name: {"error": error, "budget": budget}
             for name, error, budget in zip(names, errors, self.budgets, strict=True)
@@ -280,6 +307,18 @@ class _Comparison:
         self.calls[provider.name, launch] = call
         self.results[provider.name, launch] = result
 
+    def _float64_errors(self) -> list[float]:
+        """Errors to expect of torch.nn's layer in float64: those in float32, scaled.
+
+        Its own cannot be seen, for its results are what all are compared with.
+        """
+        layer = cases.make_layer(
+            cases.TORCH, self.case, self.parameters, self.device, self.mode, dtype=torch.float32
+        )
+        results = cases.run_layer(layer, self.data[0].to(torch.float32))
+        scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return [scale * error for error in cases.largest_errors(results, self.exact)]
+
     def time(self, seconds: float, gemm: float) -> None:
         """Time the contenders in turns."""
         if not self.calls:
@@ -289,6 +328,7 @@ class _Comparison:
             self.device,
             seconds,
             sets=len(self.data),
+            calls_per_sample=self.case.calls_per_sample,
             queued=lambda key: key[1] == "graph",
         )
         for (provider, launch), taken in samples.items():
@@ -305,14 +345,14 @@ class _Comparison:
 
 
 def _report(
-    folder: Path,
+    path: Path,
     environment: Environment,
     done: list[tuple[Case, list[Result]]],
     not_run: dict[str, str],
     budget: float,
     elapsed: float,
 ) -> bool:
-    """Print the table and what is missing from it; write the record of the run.
+    """Print the table, its summary and what is missing from it; write the record of the run.
 
     Returns:
         Whether no layer was wrong or failed.
@@ -326,13 +366,15 @@ def _report(
         ]
         for status in ("wrong", "failed")
     )
+    headlines = records.list_headlines(done)
     records.write_json(
-        folder / "run.json",
+        path,
         {
             "schema": records.SCHEMA,
             "environment": asdict(environment),
             "budget_seconds": budget,
             "elapsed_seconds": elapsed,
+            "headlines": [asdict(headline) for headline in headlines],
             "cases": [case.name for case, _ in done],
             "not_run": not_run,
             "wrong": wrong,
@@ -345,12 +387,18 @@ def _report(
         "ratio: median time of torch.nn.LSTM over ours, above 1 ours is faster; of GEMM: share of "
         "the\nspeed of a large matrix product; error: against float64, over its budget"
     )
+    for headline in headlines:
+        print(
+            f"{headline.provider}, {headline.mode}: {headline.geometric_mean_of_ratio:.2f}, the "
+            f"geometric mean of the ratio over {len(headline.shapes)} of "
+            f"{len(cases.HEADLINE_SHAPES)} headline shapes"
+        )
     for title, lines in (("WRONG", wrong), ("FAILED", failed)):
         for line in lines:
             print(f"{title}  {line}")
     for name, reason in not_run.items():
         print(f"not run  {name}: {reason}")
-    print(f"{len(done)} cases in {elapsed:.0f} s; records in {folder}")
+    print(f"{len(done)} cases in {elapsed:.0f} s; records in {path.parent}")
     return not (wrong or failed)
 
 
@@ -372,12 +420,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=_positive_number,
-        help="time for each case and mode (default: 1 on a CPU, 0.3 on a GPU)",
+        help="time for each case and mode (default: 2 on a CPU, 0.3 on a GPU)",
     )
     parser.add_argument(
         "--budget",
         type=_positive_number,
-        help="seconds for the whole run (default: 240 on a CPU, 150 on a GPU)",
+        help="seconds for the whole run (default: 420 on a CPU, 150 on a GPU)",
     )
     parser.add_argument(
         "--dtype",
@@ -401,6 +449,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--threads", type=_positive_count, help="threads on a CPU (default: torch's own choice)"
+    )
+    parser.add_argument(
+        "--tuned-allocator",
+        action="store_true",
+        help="time training where glibc keeps the memory of large tensors (thresholds of 4 GiB); "
+        f"records end in {cases.TUNED_ALLOCATOR_SUFFIX}",
     )
     return parser
 

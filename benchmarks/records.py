@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,16 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks import cases
 from benchmarks.cases import Case
 from benchmarks.timing import Percentiles
 
 __all__ = [
     "Environment",
+    "Headline",
     "Result",
     "describe_environment",
+    "list_headlines",
     "print_table",
     "write_case",
     "write_json",
@@ -37,6 +41,13 @@ SCHEMA = 1
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # A log file has no width of its own; the table fits in this many characters.
 _LOG_WIDTH = 150
+
+# With these in the environment, glibc takes blocks of up to 4 GiB from memory that the process has,
+# and keeps what is freed: the pages of a large tensor are not asked for and cleared at each call.
+TUNED_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Environment:
         processor: name of the CPU.
         cpu_count: processors that this process may use.
         threads: threads of an operator on the CPU.
+        allocator: of memory on the CPU: "default", or "glibc, 4 GiB thresholds".
         load_average: processes that were running or waiting, over the minute before the run; times
             taken beside other work are worth less. None where the system does not say.
         python: version.
@@ -73,6 +85,7 @@ class Environment:
     processor: str
     cpu_count: int
     threads: int
+    allocator: str
     load_average: float | None
     python: str
     torch: str
@@ -100,7 +113,7 @@ class Result:
         error_over_budget: the largest ratio of the two; at most 1 is right.
         seconds: percentiles of the time of a call; on a GPU the device's, by CUDA events.
         host_seconds: percentiles of the time until the call returns to the program; None on a CPU.
-        repetitions: number of samples.
+        repetitions: number of samples; the record's `calls_per_sample` says what one is a mean of.
         ratio: median time of torch.nn.LSTM, launched likewise, over the median time of this; above
             1 this is the faster.
         ratio_of_pairs: median of the same ratio within each round.
@@ -154,6 +167,7 @@ def describe_environment(device: torch.device) -> Environment:
         processor=processor,
         cpu_count=_usable_processors(),
         threads=threads,
+        allocator="glibc, 4 GiB thresholds" if allocator_is_tuned() else "default",
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         python=platform.python_version(),
         torch=torch.__version__,
@@ -168,6 +182,11 @@ def describe_environment(device: torch.device) -> Environment:
         dirty=None if status is None else bool(status),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def allocator_is_tuned() -> bool:
+    """Tell whether this process was started with TUNED_ALLOCATOR in its environment."""
+    return TUNED_ALLOCATOR.items() <= os.environ.items()
 
 
 def _slug(text: str) -> str:
@@ -271,11 +290,45 @@ def write_case(
         "environment": asdict(environment),
         "gemm_flops_per_second": gemm_flops_per_second,
         "input_sets": input_sets,
+        "calls_per_sample": case.calls_per_sample,
         "seconds_per_mode": seconds_per_mode,
         "results": [asdict(result) for result in results],
     }
     write_json(path, content)
     return path
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A provider's figure for one mode.
+
+    Attributes:
+        provider: not "torch".
+        mode: "inference" or "training".
+        geometric_mean_of_ratio: over `shapes`, in float32.
+        shapes: names of those of `cases.HEADLINE_SHAPES` that were timed.
+    """
+
+    provider: str
+    mode: str
+    geometric_mean_of_ratio: float
+    shapes: tuple[str, ...]
+
+
+def list_headlines(results: Sequence[tuple[Case, list[Result]]]) -> list[Headline]:
+    """Summarise what was timed of `cases.HEADLINE_SHAPES` in float32."""
+    ratios: dict[tuple[str, str], dict[str, float]] = {}
+    for case, of_case in results:
+        if case.shape not in cases.HEADLINE_SHAPES or case.dtype_name != "float32":
+            continue
+        for result in of_case:
+            if result.provider != "torch" and result.launch == "eager" and result.ratio is not None:
+                of_mode = ratios.setdefault((result.provider, result.mode), {})
+                of_mode[case.shape.name] = result.ratio
+    return [
+        Headline(provider, mode, statistics.geometric_mean(of_mode.values()), tuple(of_mode))
+        for (provider, mode), of_mode in ratios.items()
+    ]
 
 
 _COLUMNS = (

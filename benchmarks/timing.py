@@ -1,4 +1,4 @@
-"""How time is taken: one call at a time, the contenders in turns, medians and percentiles."""
+"""How time is taken: a call or a block of calls, the contenders in turns, medians, percentiles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 @dataclass
 class Samples:
-    """Times of one contender, in seconds; entry k is from round k.
+    """Times of a call of one contender, in seconds; entry k is from round k.
 
     Attributes:
         seconds: from the start of a call to the end of its work.
@@ -56,8 +56,10 @@ def percentiles(values: list[float]) -> Percentiles:
     return Percentiles(deciles[1], statistics.median(values), deciles[7])
 
 
-def take_sample(call: Call, index: int, device: torch.device, queued: bool, into: Samples) -> None:
-    """Time one call, which starts on an idle device.
+def take_sample(
+    call: Call, index: int, device: torch.device, queued: bool, into: Samples, calls: int = 1
+) -> None:
+    """Time a call, or a block of calls one after the other, which starts on an idle device.
 
     Args:
         call: what to time.
@@ -65,13 +67,15 @@ def take_sample(call: Call, index: int, device: torch.device, queued: bool, into
         device: where it runs.
         queued: on a GPU, start the clock when the host has had time to put the work into the
             queue, so that the device's time alone is taken (for graphs).
-        into: where the times are added.
+        into: where the times are added, divided by the number of calls.
+        calls: how many.
     """
     if device.type == "cpu":
         start = time.perf_counter()
-        result = call(index)
-        into.seconds.append(time.perf_counter() - start)
-        del result  # Freed outside of the timed region.
+        for _ in range(calls):
+            result = call(index)
+        into.seconds.append((time.perf_counter() - start) / calls)
+        del result  # The last is freed outside of the timed region.
         return
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
@@ -79,13 +83,14 @@ def take_sample(call: Call, index: int, device: torch.device, queued: bool, into
         torch.cuda._sleep(_HEAD_START_CYCLES)
     begin.record()
     start = time.perf_counter()
-    result = call(index)
+    for _ in range(calls):
+        result = call(index)
     host = time.perf_counter() - start
     end.record()
     end.synchronize()
     del result
-    into.host.append(host)
-    into.seconds.append(begin.elapsed_time(end) / 1e3)
+    into.host.append(host / calls)
+    into.seconds.append(begin.elapsed_time(end) / 1e3 / calls)
 
 
 def time_in_turns(
@@ -94,6 +99,7 @@ def time_in_turns(
     seconds: float,
     *,
     sets: int = 1,
+    calls_per_sample: int = 1,
     queued: Callable[[Key], bool] = lambda key: False,
 ) -> dict[Key, Samples]:
     """Time several contenders in turns (A B, B A, A B, ...), so that drift meets all alike.
@@ -103,12 +109,13 @@ def time_in_turns(
         device: where they run.
         seconds: time to spend; every contender has at least MIN_REPETITIONS samples.
         sets: number of sets of inputs to rotate over.
+        calls_per_sample: calls in a contender's turn; a sample is their mean.
         queued: for each contender, as for `take_sample`.
     """
     samples = {key: Samples() for key in calls}
     for index in range(WARM_UP):
         for key, call in calls.items():
-            take_sample(call, index % sets, device, queued(key), Samples())
+            take_sample(call, index % sets, device, queued(key), Samples(), calls_per_sample)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -119,7 +126,9 @@ def time_in_turns(
             turn < MAX_REPETITIONS and time.perf_counter() - start < seconds
         ):
             for key in calls if turn % 2 == 0 else reversed(calls):
-                take_sample(calls[key], turn % sets, device, queued(key), samples[key])
+                take_sample(
+                    calls[key], turn % sets, device, queued(key), samples[key], calls_per_sample
+                )
             turn += 1
     finally:
         if collecting:

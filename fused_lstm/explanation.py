@@ -120,6 +120,7 @@ def _problem(
         training=torch.is_grad_enabled(),
         autocast=autocast_is_on(description.type),
         whole_layers=True,
+        cell=cell,
     )
 
 

@@ -113,29 +113,19 @@ def lstm(
                 bidirectional=bidirectional,
                 batch_first=batch_first,
             )
-        if native and problem.autocast:
-            # As torch's operator: all in one dtype, and so the results.
-            dtype = problem.dtype
-            input, hx = input.to(dtype), (hx[0].to(dtype), hx[1].to(dtype))
-            weights = [weight.to(dtype) for weight in weights]
     directions = 2 if bidirectional else 1
-    groups = _by_direction(weights, bias)
     states = num_layers * directions
-    if len(groups) != states or len(weights) % states:
-        raise RuntimeError(
-            f"Expected the weights of {num_layers} layers in {directions} directions, "
-            f"{states} groups of equal size, got {len(weights)} tensors"
+    x = input
+    if native:
+        x, hx, groups = _prepare_for_native(
+            problem, input, hx, weights, batch_sizes, batch_first, bias, states, directions
         )
-    shape = (states, problem.batch, problem.hidden_size) if native else ()
-    if not (native and problem.steps and _fit(groups, input, hx, shape, directions)):
+    else:
         _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
-        if native:
-            _check_weights(groups, input, directions)
-    if native and batch_sizes is not None:
-        check_batch_sizes(batch_sizes, input.shape[0], "input")
+        groups = _by_direction(weights, bias, states)
     return _stack_of_layers(
         native,
-        input,
+        x,
         hx,
         groups,
         batch_sizes,
@@ -190,6 +180,7 @@ def _choose_for_cell(
         autocast=autocast,
         whole_layers=True,
         transform=transform,
+        cell=True,
     )
     return backends.select_backend(problem, name)
 
@@ -281,11 +272,16 @@ def _check_tensors(
             )
 
 
-def _by_direction(weights: list[Tensor], bias: bool) -> list[DirectionWeights]:
-    """Group the flat weights by layer and direction."""
+def _by_direction(weights: list[Tensor], bias: bool, states: int) -> list[DirectionWeights]:
+    """Group the flat weights by layer and direction, `states` groups of them."""
     hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
     projected = features != hidden_size
     count = 2 + 2 * bias + projected
+    if len(weights) != states * count:
+        raise RuntimeError(
+            f"Expected {states * count} weights, {count} for each layer and direction, got "
+            f"{len(weights)}"
+        )
     groups = []
     for start in range(0, len(weights), count):
         group = weights[start : start + count]
@@ -335,6 +331,44 @@ def _stack_of_layers(
     if num_layers == 1:
         return x, h_n[0], c_n[0]
     return x, torch.cat(h_n), torch.cat(c_n)
+
+
+def _prepare_for_native(
+    problem: Problem,
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    bias: bool,
+    states: int,
+    directions: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor], list[DirectionWeights]]:
+    """Return input, states and grouped weights as the native kernels may have them, or raise."""
+    x = input
+    if problem.autocast:
+        # As torch's operator does: all in one dtype, and so the results.
+        x, hx, weights = _cast(problem.dtype, input, hx, weights)
+    groups = _by_direction(weights, bias, states)
+    batch = problem.batch
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, input.shape[0], "input")
+        batch = int(batch_sizes[0])
+    shape = (states, batch, problem.hidden_size)
+    if not (problem.steps and _fit(groups, x, hx, shape, directions)):
+        _check_tensors(x, hx, weights, batch_sizes, batch_first, states)
+        _check_weights(groups, x, directions)
+        # Nothing has a pointer taken of it that `_fit` has not passed.
+        raise RuntimeError("Expected input, states and weights that fit each other")
+    return x, hx, groups
+
+
+def _cast(
+    dtype: torch.dtype, input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
+    """Everything in one dtype, differentiably."""
+    h, c = hx
+    return input.to(dtype), (h.to(dtype), c.to(dtype)), [weight.to(dtype) for weight in weights]
 
 
 def _fit(
@@ -464,17 +498,17 @@ def lstm_cell(
             if chosen == AtenBackend.name:
                 return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
             if chosen == NativeBackend.name and not transform:
+                x = input
                 if autocast:
+                    flat = [w for w in weights if w is not None]
                     dtype = torch.get_autocast_dtype(input.device.type)
-                    input, hx = input.to(dtype), (hx[0].to(dtype), hx[1].to(dtype))
-                    weights = DirectionWeights(
-                        *(w if w is None else w.to(dtype) for w in weights)  # type: ignore[arg-type]
-                    )
-                states = (input.shape[0], weight_hh.shape[1])
-                if not _fit([weights], input, hx, states, 1):
-                    _check_cell(input, hx, weight_ih, weight_hh)
-                    _check_weights([weights], input, 1)
-                return native_cell(input, *hx, weights)
+                    x, hx, flat = _cast(dtype, input, hx, flat)
+                    weights = _by_direction(flat, bias_ih is not None, 1)[0]
+                if not _fit([weights], x, hx, (x.shape[0], weight_hh.shape[1]), 1):
+                    _check_cell(x, hx, weights.ih, weights.hh)
+                    _check_weights([weights], x, 1)
+                    raise RuntimeError("Expected input, states and weights that fit each other")
+                return native_cell(x, *hx, weights)
     _check_cell(input, hx, weight_ih, weight_hh)
     x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
     _, h, c = composed_layer(x, h_0, c_0, [weights], None, False, name)

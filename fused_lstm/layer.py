@@ -65,7 +65,7 @@ def composed_layer(
     """
     outputs, h_n, c_n = [], [], []
     for direction, own in enumerate(weights):
-        bias = None
+        bias = own.bias_ih if own.bias_hh is None else own.bias_hh
         if own.bias_ih is not None and own.bias_hh is not None:
             bias = own.bias_ih + own.bias_hh
         gates = F.linear(x, own.ih, bias)

@@ -11,6 +11,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch import nn
 
 import fused_lstm
 from benchmarks import cases, compare, records, timing

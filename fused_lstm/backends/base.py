@@ -35,8 +35,9 @@ class Problem(NamedTuple):
         autocast: whether autocast chose the dtype.
         whole_layers: True for a stack of layers with its input projections, False for one
             recurrence.
-        transform: "vmap" (any `torch.func` transform) or "jvp" (forward-mode AD) if one is under
-            way, else "".
+        transform: what is under way: "vmap" (any `torch.func` transform), "jvp" (forward-mode AD),
+            "trace" (`torch.jit.trace`), "modes" (dispatch modes and tensor subclasses), or "".
+        cell: whether it is one step of an `LSTMCell`.
     """
 
     device: DeviceDescription
@@ -50,6 +51,7 @@ class Problem(NamedTuple):
     autocast: bool = False
     whole_layers: bool = False
     transform: str = ""
+    cell: bool = False
 
 
 class Support(NamedTuple):

@@ -371,10 +371,13 @@ def layer_forward(
         ih, hh = ih.contiguous(), hh.contiguous()
         alive.append((ih, hh))
         bias_ih_address = bias_hh_address = hr_address = 0
-        if bias_ih is not None and bias_hh is not None:
-            bias_ih, bias_hh = bias_ih.contiguous(), bias_hh.contiguous()
-            alive.append((bias_ih, bias_hh))
-            bias_ih_address, bias_hh_address = bias_ih.data_ptr(), bias_hh.data_ptr()
+        if bias_ih is not None:
+            bias_ih = bias_ih.contiguous()
+            bias_ih_address = bias_ih.data_ptr()
+        if bias_hh is not None:
+            bias_hh = bias_hh.contiguous()
+            bias_hh_address = bias_hh.data_ptr()
+        alive.append((bias_ih, bias_hh))
         if hr is not None:
             hr = hr.contiguous()
             alive.append((hr, hr))
@@ -576,7 +579,8 @@ def layer_backward(
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
     structures = b""
-    for d, (ih, hh, bias_ih, _, hr) in enumerate(weights):
+    for d, (ih, hh, bias_ih, bias_hh, hr) in enumerate(weights):
+        bias = bias_hh if bias_ih is None else bias_ih
         ih, hh = ih.contiguous(), hh.contiguous()
         hr = None if hr is None else hr.contiguous()
         alive += [ih, hh, hr]
@@ -588,7 +592,7 @@ def layer_backward(
         if want_weights:
             grad_ih = new(*ih.shape)
             grad_hh = new(*hh.shape)
-            grad_bias = None if bias_ih is None else new(*bias_ih.shape)
+            grad_bias = None if bias is None else new(*bias.shape)
             grad_hr = None if hr is None else new(*hr.shape)
         grad_weights.append((grad_ih, grad_hh, grad_bias, grad_bias, grad_hr))
         structures += _BACKWARD.pack(

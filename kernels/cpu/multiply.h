@@ -45,7 +45,7 @@ INLINE void accumulate_chain(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
 
 // Products of a longer sum are added up in chains of this length, and the chains then: the error of
 // a sum grows with the length of its chains.
-constexpr int64_t kChain = 512;
+constexpr int64_t kChain = 256;
 
 // sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], k < depth.
 template <class Real, int ROWS, int COLUMNS, int STEP = 1>
