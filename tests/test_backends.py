@@ -121,6 +121,13 @@ def test_bfloat16_layers_whose_weights_outgrow_the_cache(hidden_size, batch, tra
     assert backends.supports("native", problem).ok == (LAYERS == "native")
 
 
+def test_large_batches_of_large_layers_are_left_to_onednn() -> None:
+    problem = make_problem(whole_layers=True)._replace(hidden_size=1024, batch=64)
+    assert backends.select_backend(problem) == "aten"
+    for other in ({"batch": 4}, {"hidden_size": 512}, {"packed": True}, {"whole_layers": False}):
+        assert backends.select_backend(problem._replace(**other)) in (LAYERS, RECURRENCE)
+
+
 def test_without_the_library_a_cpu_gets_torchs_own_layers(monkeypatch, clean_choices) -> None:
     def absent():
         raise library.LibraryUnavailableError("it was not built")

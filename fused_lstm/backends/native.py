@@ -21,13 +21,6 @@ __all__ = ["NativeBackend"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-# Measured on two AVX-512 cores: a single step repays no packing of its weights, which the backward
-# pass does.
-_MOST_UNITS_OF_A_TRAINED_CELL = 128
-
-_MOST_CACHED_UNITS = 384
-_FEW_ROWS = 16
-
 
 class NativeBackend(Backend):
     """C++ kernels for the instruction set of the CPU, on the threads of PyTorch."""
@@ -51,22 +44,9 @@ class NativeBackend(Backend):
             how += ", in float32"
         if not library.openmp:
             how += f", on one thread ({library.openmp_reason})"
-        if problem.autocast and (problem.packed or problem.proj_size):
-            return Support(True, f"{how}; autocast mixes dtypes here as PyTorch's layers do", False)
-        if (
-            problem.cell
-            and problem.training
-            and problem.hidden_size > _MOST_UNITS_OF_A_TRAINED_CELL
-        ):
-            return Support(True, f"{how}; PyTorch's cell is faster to train at this size", False)
-        if _reads_too_much(problem):
-            return Support(
-                True, f"{how}: twice the bytes of oneDNN's for few rows of large weights", False
-            )
-        if problem.transform in ("trace", "modes"):
-            return Support(
-                True, f"{how}; a recording holds PyTorch's operator instead", default=False
-            )
+        reason = _why_pytorchs_own(problem)
+        if reason:
+            return Support(True, f"{how}; {reason}", default=False)
         return Support(True, how)
 
     @override
@@ -93,20 +73,28 @@ class NativeBackend(Backend):
         return gradients
 
 
-def _reads_too_much(problem: Problem) -> bool:
-    """Whether bfloat16 weights in float32 would cost more than float32 arithmetic saves.
+def _why_pytorchs_own(problem: Problem) -> str:
+    """Say why PyTorch's own layers are the default for `problem`; empty where they are not.
 
-    Measured on two AVX-512 cores: oneDNN's bfloat16 layers are slower than these kernels but where
-    the weights outgrow the cache and few rows share them.
+    The sizes were measured on two AVX-512 cores (benchmarks/results).
     """
-    return (
-        problem.dtype == torch.bfloat16
-        and not problem.training
-        and not problem.packed
-        and not problem.proj_size
-        and problem.hidden_size > _MOST_CACHED_UNITS
-        and problem.batch < _FEW_ROWS
-    )
+    if not problem.whole_layers:
+        return ""
+    if problem.transform in ("trace", "modes"):
+        return "a recording holds PyTorch's operator instead"
+    if problem.transform:
+        return ""
+    if problem.packed or problem.proj_size:
+        # PyTorch leaves oneDNN here, and is slower everywhere.
+        return "autocast mixes dtypes here as PyTorch's layers do" if problem.autocast else ""
+    if problem.cell and problem.training and problem.hidden_size > 128:
+        return "PyTorch's cell is faster to train at this size: a single step repays no packing"
+    if problem.dtype == torch.bfloat16:
+        if problem.hidden_size > 384 and problem.batch < 16 and not problem.training:
+            return "in float32, few rows of large weights read twice the bytes of oneDNN's"
+    elif problem.dtype == torch.float32 and problem.hidden_size > 768 and problem.batch >= 32:
+        return "oneDNN is as fast or faster where the time is all large matrix products"
+    return ""
 
 
 def _widened(argument: Any) -> Any:
