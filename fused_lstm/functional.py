@@ -387,7 +387,7 @@ def _fit(
         states: the expected shape of c, whose last dimension is H.
         directions: D.
     """
-    if len(hx) != 2:
+    if isinstance(hx, Tensor) or len(hx) != 2:
         return False
     (h, c), dtype = hx, input.dtype
     *leading, hidden = states
@@ -513,6 +513,60 @@ def lstm_cell(
     x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
     _, h, c = composed_layer(x, h_0, c_0, [weights], None, False, name)
     return h[0], c[0]
+
+
+def quick_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Compute one step without gradients on the native kernels, if nothing is out of the ordinary.
+
+    For a small cell the questions of `lstm_cell` take longer than the answer; here they are asked in
+    one expression. Arguments and results as there; None for "ask properly".
+    """
+    h, c = hx
+    dtype, batch, hidden = input.dtype, len(input), h.shape[-1]
+    rows, states = (4 * hidden,), (batch, hidden)
+    if (
+        torch.is_grad_enabled()
+        or not batch
+        or torch._C._len_torch_dispatch_stack()
+        or transform_under_way()
+        or torch._C._is_tracing()
+        or torch._C._is_any_autocast_enabled()
+        or not (type(input) is type(h) is type(c) is Tensor)
+        or not (type(weight_ih) is type(weight_hh) is torch.nn.Parameter)
+        or not (type(bias_ih) is type(bias_hh) is torch.nn.Parameter)
+        or bias_ih is None
+        or bias_hh is None
+        or h.shape != states
+        or c.shape != states
+        or weight_hh.shape != (4 * hidden, hidden)
+        or weight_ih.shape != (4 * hidden, input.shape[1])
+        or bias_ih.shape != rows
+        or bias_hh.shape != rows
+        or not (h.dtype is c.dtype is weight_ih.dtype is weight_hh.dtype is dtype)
+        or not (bias_ih.dtype is bias_hh.dtype is dtype)
+        or dtype is torch.bfloat16
+        or not (input.is_cpu and h.is_cpu and c.is_cpu and weight_ih.is_cpu and weight_hh.is_cpu)
+        or not (bias_ih.is_cpu and bias_hh.is_cpu)
+        or not (input.is_contiguous() and h.is_contiguous() and c.is_contiguous())
+        or not (weight_ih.is_contiguous() and weight_hh.is_contiguous())
+        or not (bias_ih.is_contiguous() and bias_hh.is_contiguous())
+    ):
+        return None
+    chosen = _choose_for_cell(
+        input.device, dtype, batch, hidden, False, False, "", backends.requested_name(None)
+    )
+    if chosen != NativeBackend.name:
+        return None
+    from fused_lstm.kernels import cpu as kernels
+
+    return kernels.cell_forward(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)  # type: ignore[no-any-return]
 
 
 def _check_cell(

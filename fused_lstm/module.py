@@ -296,6 +296,13 @@ class LSTMCell(nn.LSTMCell):
             RuntimeError: for sizes or devices that do not fit, with torch's text.
             BackendUnavailableError: if the named backend cannot run the problem.
         """
+        if type(input) is Tensor and type(hx) is tuple and len(hx) == 2 and input.dim() == 2:
+            # What a stream of single steps looks like.
+            parameters = self._parameters
+            if self.backend is None and len(parameters) == 4:
+                result = functional.quick_cell(input, hx, *parameters.values())  # type: ignore[arg-type]
+                if result is not None:
+                    return result
         if _is_fx_call(self, LSTMCell, input, hx):
             return _as_fx_call(self, input, hx)  # type: ignore[no-any-return]
         if input.dim() not in (1, 2):
