@@ -20,7 +20,8 @@ from fused_lstm.backends.native import NativeBackend
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.layer import DirectionWeights, composed_layer, native_cell, native_layer
-from fused_lstm.recurrence import check_batch_sizes, transform_under_way
+from fused_lstm.recurrence import transform_under_way
+from fused_lstm.reference import check_batch_sizes
 
 __all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
@@ -147,12 +148,13 @@ def _recording(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tenso
     """Name what wants to see PyTorch's operators: "trace", "modes" or "" for nothing.
 
     Modes are of `torch.utils._python_dispatch` (fake tensors, counters, `make_fx`); subclasses of
-    Tensor count as one, because they may have no memory of their own.
+    Tensor count as one, because they may have no memory of their own, and so do lazy negations.
     """
     if torch._C._is_tracing():
         return "trace"
     if torch._C._len_torch_dispatch_stack() or any(
-        t is not None and type(t) not in _PLAIN_TENSORS for t in (input, *hx, *weights)
+        t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg())
+        for t in (input, *hx, *weights)
     ):
         return "modes"
     return ""
@@ -350,12 +352,14 @@ def _prepare_for_native(
         # As torch's operator does: all in one dtype, and so the results.
         x, hx, weights = _cast(problem.dtype, input, hx, weights)
     groups = _by_direction(weights, bias, states)
-    batch = problem.batch
+    steps, batch = problem.steps, problem.batch
+    leading: tuple[int, ...] = (batch, steps) if batch_first else (steps, batch)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, input.shape[0], "input")
         batch = int(batch_sizes[0])
+        leading = (input.shape[0],)
     shape = (states, batch, problem.hidden_size)
-    if not (problem.steps and _fit(groups, x, hx, shape, directions)):
+    if not (steps and _fit(groups, x, hx, leading, shape, directions)):
         _check_tensors(x, hx, weights, batch_sizes, batch_first, states)
         _check_weights(groups, x, directions)
         # Nothing has a pointer taken of it that `_fit` has not passed.
@@ -375,6 +379,7 @@ def _fit(
     groups: list[DirectionWeights],
     input: Tensor,
     hx: tuple[Tensor, Tensor],
+    leading: tuple[int, ...],
     states: tuple[int, ...],
     directions: int,
 ) -> bool:
@@ -384,19 +389,21 @@ def _fit(
         groups: weights of all layers and directions.
         input: [..., I].
         hx: h and c.
+        leading: the expected shape of the input, without I.
         states: the expected shape of c, whose last dimension is H.
         directions: D.
     """
     if isinstance(hx, Tensor) or len(hx) != 2:
         return False
     (h, c), dtype = hx, input.dtype
-    *leading, hidden = states
+    *outer, hidden = states
     rows, features = groups[0].hh.shape
     vector, inputs = (rows,), input.shape[-1]
     if (
         rows != 4 * hidden
+        or input.shape[:-1] != leading
         or c.shape != states
-        or h.shape != (*leading, features)
+        or h.shape != (*outer, features)
         or not (h.dtype is c.dtype is dtype and h.is_cpu and c.is_cpu)
     ):
         return False
@@ -500,11 +507,13 @@ def lstm_cell(
             if chosen == NativeBackend.name and not transform:
                 x = input
                 if autocast:
-                    flat = [w for w in weights if w is not None]
                     dtype = torch.get_autocast_dtype(input.device.type)
-                    x, hx, flat = _cast(dtype, input, hx, flat)
-                    weights = _by_direction(flat, bias_ih is not None, 1)[0]
-                if not _fit([weights], x, hx, (x.shape[0], weight_hh.shape[1]), 1):
+                    x, hx, _ = _cast(dtype, input, hx, [])
+                    weights = DirectionWeights(
+                        *(w if w is None else w.to(dtype) for w in weights)  # type: ignore[arg-type]
+                    )
+                states = (x.shape[0], weight_hh.shape[1])
+                if not _fit([weights], x, hx, states[:1], states, 1):
                     _check_cell(x, hx, weights.ih, weights.hh)
                     _check_weights([weights], x, 1)
                     raise RuntimeError("Expected input, states and weights that fit each other")
@@ -525,15 +534,18 @@ def quick_cell(
 ) -> tuple[Tensor, Tensor] | None:
     """Compute one step without gradients on the native kernels, if nothing is out of the ordinary.
 
-    For a small cell the questions of `lstm_cell` take longer than the answer; here they are asked in
-    one expression. Arguments and results as there; None for "ask properly".
+    For a small cell the questions of `lstm_cell` take longer than the answer; here they are asked
+    in one expression. Arguments and results as there; None for "ask properly".
     """
     h, c = hx
-    dtype, batch, hidden = input.dtype, len(input), h.shape[-1]
+    if not (input.dim() == h.dim() == c.dim() == 2):
+        return None
+    dtype, (batch, hidden) = input.dtype, h.shape
     rows, states = (4 * hidden,), (batch, hidden)
     if (
         torch.is_grad_enabled()
-        or not batch
+        or not input.numel()
+        or len(input) != batch
         or torch._C._len_torch_dispatch_stack()
         or transform_under_way()
         or torch._C._is_tracing()
@@ -555,6 +567,7 @@ def quick_cell(
         or not (input.is_cpu and h.is_cpu and c.is_cpu and weight_ih.is_cpu and weight_hh.is_cpu)
         or not (bias_ih.is_cpu and bias_hh.is_cpu)
         or not (input.is_contiguous() and h.is_contiguous() and c.is_contiguous())
+        or (input.is_neg() or h.is_neg() or c.is_neg())
         or not (weight_ih.is_contiguous() and weight_hh.is_contiguous())
         or not (bias_ih.is_contiguous() and bias_hh.is_contiguous())
     ):

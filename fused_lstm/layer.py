@@ -114,6 +114,9 @@ def native_layer(
         output [T, B, D·P] (whatever batch_first says) or [N, D·P], for a cell h_n; h_n like h_0;
         c_n like c_0.
     """
+    if not x.shape[-1]:
+        # No features: a kernel knows by them that there is an input.
+        return _composed_on_native(x, h_0, c_0, weights, batch_sizes, batch_first)
     if x.dtype == torch.bfloat16:
         # In float32: faster than oneDNN's bfloat16 kernels, and rounded once, at the end.
         wide = [DirectionWeights(*(w if w is None else w.float() for w in own)) for own in weights]  # type: ignore[arg-type]
@@ -136,6 +139,21 @@ def native_layer(
 
     out = kernels.layer_forward(x, h_0, c_0, weights, batch_sizes, batch_first, False)
     return out.output, out.h_n, out.c_n
+
+
+def _composed_on_native(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[DirectionWeights],
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `native_layer` does from PyTorch's operators; arguments and results as there."""
+    if x.dim() == h_0.dim() == 2:
+        _, h, c = composed_layer(x[None], h_0[None], c_0[None], weights, None, False, None)
+        return h[0], h[0], c[0]
+    return composed_layer(x, h_0, c_0, weights, batch_sizes, batch_first, None)
 
 
 def native_cell(
@@ -179,7 +197,7 @@ def native_cell(
             and (bias_ih is None or bias_ih.is_contiguous())
             and (bias_hh is None or bias_hh.is_contiguous())
         )
-        or not x.shape[0]
+        or not x.numel()
         or x.dtype == torch.bfloat16
     ):
         _, h, c = native_layer(x, h_0, c_0, [weights], None, False)
@@ -193,9 +211,10 @@ def native_cell(
 class LSTMLayerFunction(torch.autograd.Function):
     """A layer on the native kernels, which compute the gradients of x and the weights as well.
 
-    That is: while δa of some steps is in the cache. Equations as in `reference.recurrence_backward`
-    and, over all rows, δx = δa·W_ih, δW_ih = Σ δaᵀ·x, δW_hh = Σ δaᵀ·h_{t−1}, δb = Σ δa,
-    δW_hr = Σ δhᵀ·(o ⊙ tanh(c)). A second derivative goes through `composed_layer`.
+    That is: while δa of some steps is in the cache. Equations as in kernels/cpu/backward.h, those
+    of `reference.recurrence_backward` and, over all rows, δx = δa·W_ih, δW_ih = Σ δaᵀ·x,
+    δW_hh = Σ δaᵀ·h_{t−1}, δb = Σ δa, δW_hr = Σ δhᵀ·(o ⊙ tanh(c)). A second derivative goes through
+    `composed_layer`.
     """
 
     @staticmethod
@@ -263,6 +282,7 @@ def _has_memory(grad: Tensor | None) -> bool:
     """Whether a kernel can read a gradient: not where it stands for a batch of them, or others."""
     return grad is None or (
         type(grad) is Tensor
+        and not grad.is_neg()
         and not torch._C._functorch.is_legacy_batchedtensor(grad)
         and not torch._C._are_functorch_transforms_active()
     )
@@ -307,11 +327,11 @@ def _recomputed(
     x, h_0, c_0, *flat = views
     if x is None or h_0 is None or c_0 is None:
         raise AssertionError("only weights may be missing")
-    cell = x.dim() == h_0.dim() == 2
-    if cell:
-        x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (x, h_0, c_0))
-    output, h_n, c_n = composed_layer(x, h_0, c_0, _grouped(flat), batch_sizes, batch_first, None)
-    outputs = [h_n.squeeze(0), c_n.squeeze(0)] if cell else [output, h_n, c_n]
+    outputs: tuple[Tensor, ...] = _composed_on_native(
+        x, h_0, c_0, _grouped(flat), batch_sizes, batch_first
+    )
+    if len(grads) == 2:
+        outputs = outputs[1:]
     given = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
     wanted = [k for k, need in enumerate(needed) if need]
     gradients = torch.autograd.grad(

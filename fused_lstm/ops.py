@@ -94,7 +94,7 @@ def _run(
                 continue
             try:
                 return launch(backends.get_backend(candidate))
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:
                 # Whatever a compiler, driver or launcher raises: the result is still to be right.

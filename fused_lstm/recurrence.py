@@ -1,6 +1,7 @@
-"""The LSTM recurrence: the one differentiable core, and the only hand-written gradients.
+"""The LSTM recurrence: the one differentiable core, and its hand-written gradients.
 
-Everything around it (input projections, biases, dropout, layers, directions) is ordinary PyTorch.
+Everything around it (input projections, biases, dropout, layers, directions) is ordinary PyTorch,
+but for whole layers on the native CPU kernels (layer.py).
 
 Dimensions: `T` time steps, `B` batch, `H` hidden units, `P` features of h (H, or the size of the
 projection), `N` rows of a packed batch (the sum of `batch_sizes`). Gate order i, f, g, o.
@@ -8,7 +9,6 @@ projection), `N` rows of a packed batch (the sum of `batch_sizes`). Gate order i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_lstm import backends, ops, reference
-from fused_lstm.reference import LSTMOutput, RecurrenceForward
+from fused_lstm.reference import LSTMOutput, RecurrenceForward, check_batch_sizes
 
 __all__ = [
     "LSTMOutput",
     "LSTMRecurrenceFunction",
-    "check_batch_sizes",
     "lstm_recurrence",
     "transform_under_way",
 ]
@@ -63,7 +62,7 @@ def lstm_recurrence(
         batch_sizes: [T] int64 on the CPU, rows active at each step, as in `PackedSequence`; None
             for [T, B, 4H] gates.
         reverse: whether time runs backwards; outputs stay in the order of the input.
-        backend: "triton" or "reference"; None for the default choice.
+        backend: "native", "triton" or "reference"; None for the default choice.
 
     Returns:
         LSTMOutput(h, c, h_n, c_n), see there for shapes and dtypes.
@@ -172,29 +171,6 @@ def _check(
             raise TypeError(f"{name}: expected {gates.dtype} like gates, got {tensor.dtype}")
         if tensor.device != gates.device:
             raise ValueError(f"{name}: expected device {gates.device}, got {tensor.device}")
-
-
-def check_batch_sizes(batch_sizes: Tensor, rows: int, of: str) -> None:
-    """Raise unless `batch_sizes` describes packed rows, `rows` of them in the tensor called `of`.
-
-    Raises:
-        ValueError: if it is not int64 [T] on the CPU, of positive counts that do not increase and
-            whose sum is `rows`.
-    """
-    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not len(batch_sizes):
-        raise ValueError(
-            "batch_sizes: expected a non-empty int64 tensor [T], got "
-            f"{list(batch_sizes.shape)} {batch_sizes.dtype}"
-        )
-    if batch_sizes.device.type != "cpu":
-        raise ValueError(f"batch_sizes: expected a CPU tensor, got {batch_sizes.device}")
-    if torch.compiler.is_compiling():
-        return
-    sizes = batch_sizes.tolist()
-    if sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
-        raise ValueError(f"batch_sizes: expected positive, non-increasing counts, got {sizes}")
-    if sum(sizes) != rows:
-        raise ValueError(f"batch_sizes: expected a sum of {rows} (rows of {of}), got {sum(sizes)}")
 
 
 def _packed_hidden_before(h: Tensor, h0: Tensor, counts: Tensor, reverse: bool) -> Tensor:

@@ -14,6 +14,7 @@ and the others keep their state: a sequence that has ended its final state, one 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,29 @@ class TimeStep(NamedTuple):
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which sums and cell states are kept: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_batch_sizes(batch_sizes: Tensor, rows: int, of: str) -> None:
+    """Raise unless `batch_sizes` describes packed rows, `rows` of them in the tensor called `of`.
+
+    Raises:
+        ValueError: if it is not int64 [T] on the CPU, of positive counts that do not increase and
+            whose sum is `rows`.
+    """
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not len(batch_sizes):
+        raise ValueError(
+            "batch_sizes: expected a non-empty int64 tensor [T], got "
+            f"{list(batch_sizes.shape)} {batch_sizes.dtype}"
+        )
+    if batch_sizes.device.type != "cpu":
+        raise ValueError(f"batch_sizes: expected a CPU tensor, got {batch_sizes.device}")
+    if torch.compiler.is_compiling():
+        return
+    sizes = batch_sizes.tolist()
+    if sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
+        raise ValueError(f"batch_sizes: expected positive, non-increasing counts, got {sizes}")
+    if sum(sizes) != rows:
+        raise ValueError(f"batch_sizes: expected a sum of {rows} (rows of {of}), got {sum(sizes)}")
 
 
 def time_steps(steps: int, batch: int, batch_sizes: Tensor | None, reverse: bool) -> list[TimeStep]:

@@ -903,3 +903,47 @@ def test_recurrence_equals_the_reference(projected, reverse):
         )
         results.append([*out, *torch.autograd.grad(losses(out), every)])
     assert_same(results[0], results[1])
+
+
+# Found by review
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("first", [514, 600, 1200])
+def test_groups_of_rows_that_end_early(first, bidirectional):
+    """A thread's rows may be over long before the sequence is, and be more than a chunk holds."""
+    layer = fused_lstm.LSTM(I, H, bidirectional=bidirectional, backend="native")
+    packed = PackedSequence(torch.randn(first + 3, I), torch.tensor([first, 1, 1, 1]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        grads = [
+            torch.autograd.grad(m(packed)[0].data.square().sum(), list(layer.parameters()))
+            for m in (layer, twin(layer))
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(*grads, rtol=1e-4, atol=1e-3)
+
+
+def test_an_input_without_features():
+    x, (h, c) = torch.zeros(B, 0), (torch.randn(B, H), torch.randn(B, H))
+    cell = fused_lstm.LSTMCell(0, H, backend="native")
+    assert_same(cell(x, (h, c)), cell.to_torch()(x, (h, c)))
+
+
+def test_a_lazily_negated_input():
+    z = torch.randn(5, B, 1, dtype=torch.complex64)
+    x = z.conj().imag
+    assert x.is_neg()
+    for backend in (None, "native"):
+        layer = fused_lstm.LSTM(1, H, backend=backend)
+        assert_same(layer(x)[0], layer(x.resolve_neg())[0])
+
+
+def test_gradients_of_the_biases_are_tensors_of_their_own():
+    layer = fused_lstm.LSTM(I, H, backend="native")
+    biases = [layer.bias_ih_l0, layer.bias_hh_l0]
+    one, other = torch.autograd.grad(layer(torch.randn(3, B, I))[0].sum(), biases)
+    assert one.data_ptr() != other.data_ptr()
+    assert_same(one, other)

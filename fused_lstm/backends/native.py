@@ -15,7 +15,7 @@ from fused_lstm.backends.base import (
     RecurrenceGradients,
     Support,
 )
-from fused_lstm.reference import RecurrenceForward
+from fused_lstm.reference import RecurrenceForward, check_batch_sizes
 
 __all__ = ["NativeBackend"]
 
@@ -53,6 +53,7 @@ class NativeBackend(Backend):
     def forward(self, arguments: ForwardArguments) -> RecurrenceForward:
         from fused_lstm.kernels import cpu as kernels
 
+        _check_rows(arguments.batch_sizes, arguments.gates, arguments.h0)
         out = RecurrenceForward(*kernels.lstm_forward(*map(_widened, arguments)))
         dtype = arguments.gates.dtype
         if dtype == torch.bfloat16:
@@ -64,6 +65,7 @@ class NativeBackend(Backend):
     def backward(self, arguments: BackwardArguments) -> RecurrenceGradients:
         from fused_lstm.kernels import cpu as kernels
 
+        _check_rows(arguments.batch_sizes, arguments.activations, arguments.c0)
         gradients = RecurrenceGradients(*kernels.lstm_backward(*map(_widened, arguments)))
         dtype = arguments.activations.dtype
         if dtype == torch.bfloat16:
@@ -95,6 +97,18 @@ def _why_pytorchs_own(problem: Problem) -> str:
     elif problem.dtype == torch.float32 and problem.hidden_size > 768 and problem.batch >= 32:
         return "oneDNN is as fast or faster where the time is all large matrix products"
     return ""
+
+
+def _check_rows(batch_sizes: torch.Tensor | None, rows: torch.Tensor, state: torch.Tensor) -> None:
+    """Raise unless packed rows are as `batch_sizes` says: compiled programs come unchecked."""
+    if batch_sizes is None:
+        return
+    check_batch_sizes(batch_sizes, rows.shape[0], "gates")
+    if int(batch_sizes[0]) != state.shape[0]:
+        raise ValueError(
+            f"batch_sizes: expected {state.shape[0]} rows in the first step, as the states have, "
+            f"got {int(batch_sizes[0])}"
+        )
 
 
 def _widened(argument: Any) -> Any:

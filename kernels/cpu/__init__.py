@@ -1,6 +1,8 @@
 """CPU kernels of the LSTM, in C++: one shared library, built at installation.
 
-`lstm.h` is the interface, `forward.h` and `backward.h` hold the equations.
+To read in this order: `lstm.h`, the interface; `forward.h` and `backward.h`, the equations and who
+computes what; `layout.h`, `multiply.h` and `simd.h`, the parts they are made of; `run.h` and
+`team.h`, memory and threads; `lstm.cpp`, one of each per instruction set. `launch.py` calls them.
 """
 
 from .launch import cell_forward, layer_backward, layer_forward, lstm_backward, lstm_forward

@@ -2,7 +2,7 @@
 //
 // From the last step to the first, with m_t = o ⊙ tanh(c_t) and δ for the derivative of the loss:
 //
-//   δh_t = grad_h_t + δa_{t+1}·W_hh          (grad_h_n after a sequence's last step)
+//   δh_t = grad_h_t + δa_{t+1}·W_hh, or grad_h_t + grad_h_n at a sequence's last step
 //   δm_t = δh_t, or δh_t·W_hr
 //   δc_t = grad_c_t + δc_{t+1} ⊙ f_{t+1} + δm_t ⊙ o ⊙ (1 - tanh²(c_t))
 //   δa_i = δc_t ⊙ g ⊙ i(1 - i)      δa_f = δc_t ⊙ c_{t-1} ⊙ f(1 - f)
@@ -87,10 +87,14 @@ class BackwardMember {
     const Timeline &timeline = plan_.timeline;
     bool first = true;
     int64_t parity = 0;
-    for (int64_t end = timeline.steps; end > 0; parity ^= 1) {
+    // Steps without a row of this group, at the end of packed sequences, are none of its work.
+    int64_t first_step = 0, last_step = timeline.steps;
+    while (!active(first_step)) ++first_step;
+    while (!active(last_step - 1)) --last_step;
+    for (int64_t end = last_step; end > first_step; parity ^= 1) {
       int64_t begin = end - 1;
       int64_t rows = active(begin);
-      while (begin > 0 && rows + active(begin - 1) <= kChunkRows) rows += active(--begin);
+      while (begin > first_step && rows + active(begin - 1) <= kChunkRows) rows += active(--begin);
       const Chunk chunk = {begin, end, rows, parity};
       for (int64_t k = end - 1; k >= begin; --k) step(k, chunk);
       if (products) {
@@ -102,7 +106,7 @@ class BackwardMember {
       previous_ = chunk;
       end = begin;
     }
-    initial_hidden(0, rows_.begin, min(rows_.end, timeline.active(0)));
+    initial_hidden(first_step, rows_.begin, rows_.begin + active(first_step), previous_, 0);
     if (split_.row_groups > 1) {
       meet_all();
       add_up_weights();
@@ -179,7 +183,7 @@ class BackwardMember {
     const int64_t before = rows_before(chunk, k);
     const bool same = k + 1 < chunk.end;
     const Chunk &next = same ? chunk : previous_;
-    const int64_t next_before = k + 1 == timeline.steps ? 0 : rows_before(next, k + 1);
+    const int64_t next_before = same ? before + this->active(k) : 0;
     // Rows that begin with the step after this one get the gradient of their initial state.
     if (k + 1 < timeline.steps && timeline.active(k + 1) > active) {
       initial_hidden(k + 1, max(rows_.begin, active), min(rows_.end, timeline.active(k + 1)), next,
@@ -319,9 +323,6 @@ class BackwardMember {
   }
 
   // grad_h0 = δa·W_hh of rows that begin at step k.
-  void initial_hidden(int64_t k, int64_t begin, int64_t end) {
-    initial_hidden(k, begin, end, previous_, rows_before(previous_, k));
-  }
   void initial_hidden(int64_t k, int64_t begin, int64_t end, const Chunk &chunk, int64_t before) {
     if (begin >= end) return;
     for (int64_t p = mine_.begin; p < mine_.end; ++p) {

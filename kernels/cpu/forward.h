@@ -20,18 +20,23 @@ struct ForwardPlan {
   LstmState h_n, c_n;
   int64_t inputs, hidden, features;
   Panels projection;      // W_hrᵀ [H, P]
-  Real *panels;           // [blocks][I + P][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; or null
-  Real *bias;             // [blocks][4][lanes]
+  // [blocks][I + P][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member where there is
+  // a single step; null where weights are read as they are.
+  Real *panels;
+  Real *bias;             // likewise [..][4][lanes]
   Real *projection_panels;
   Real *cell_output;      // [B, H], o ⊙ tanh(c) of one step, where there is a projection
-  Real *staged;           // x·W_ihᵀ + b of several steps, where one step has too few rows
+  Real *staged;           // x·W_ihᵀ + b of several steps, where x does not enter with h
   Barrier *barriers;      // one per group of rows, and one for all
 };
 
 // Rows for which x is multiplied at once where single steps have fewer.
 constexpr int64_t kStagedRows = 96;
-// Rows of a member from which on x enters with h, step by step.
+// Rows of a member from which on x enters with h, step by step, if its weights stay in the cache.
 constexpr int64_t kFusedRows = 4;
+// A single step is never staged, and a stage holds at least one step.
+static_assert(kFusedRows <= kRowsOfAGroup && kFusedRows <= kPackedRows && kFusedRows <= kStagedRows,
+              "see above");
 
 template <class Real>
 class ForwardMember {
@@ -53,7 +58,7 @@ class ForwardMember {
     const int64_t read = (blocks_.end - blocks_.begin) * depth() * kTile * int64_t(sizeof(Real));
     const bool fused = rows >= kFusedRows && (read <= kCachedWeights || rows >= kStagedRows ||
                                               plan.timeline.steps == 1);
-    source_ = !plan.x.data ? kGiven : fused || !plan.panels ? kFused : kStaged;
+    source_ = plan.gates.data ? kGiven : fused || !plan.panels ? kFused : kStaged;
     stage_ = plan.staged + (row_group_ * blocks + blocks_.begin) * kStagedRows * kTile;
   }
 
@@ -269,7 +274,7 @@ S::load(bias(block) + gate * S::kWidth));
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t first = gate * hidden + unit;
       Vector products[S::kWidth] = {};
-      if (plan_.x.data) {
+      if (!plan_.gates.data) {
         dot_products(products, plan_.x.at(t, row), arguments.weight_ih, first, count,
                      plan_.inputs);
       }
@@ -278,7 +283,7 @@ S::load(bias(block) + gate * S::kWidth));
       for (const Real *b : biases) {
         if (b) a[0][gate] += S::load(b + first, count);
       }
-      if (!plan_.x.data) a[0][gate] += S::load(plan_.gates.at(t, row) + first, count);
+      if (plan_.gates.data) a[0][gate] += S::load(plan_.gates.at(t, row) + first, count);
     }
     update<1>(a, k, row, block);
   }

@@ -89,6 +89,8 @@ class LayerGradients(NamedTuple):
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it, with its last dimension contiguous."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
@@ -152,19 +154,25 @@ def lstm_forward(
 
     Raises:
         LibraryUnavailableError: if there is no native library.
-        MemoryError: if there is no memory for the packed weights.
+        MemoryError: if there is no memory for the kernel's scratch.
     """
     packed = batch_sizes is not None
     hidden, features, batch = gates.shape[-1] // 4, weight_hh.shape[1], h0.shape[0]
     leading, dtype = gates.shape[:-1], gates.dtype
-    gates, h0, c0, weight_hh = _rows(gates), _rows(h0), _rows(c0), weight_hh.contiguous()
+    gates, h0, c0, weight_hh = (
+        _rows(gates),
+        _rows(h0),
+        _rows(c0),
+        weight_hh.resolve_neg().contiguous(),
+    )
     weight_hr = None if weight_hr is None else weight_hr.contiguous()
     batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
-    h = torch.empty((*leading, features), dtype=dtype)
-    c = torch.empty((*leading, hidden) if save_cells else (0,), dtype=dtype)
-    activations = torch.empty((*leading, 4 * hidden) if save_activations else (0,), dtype=dtype)
-    h_n = torch.empty((batch, features), dtype=dtype)
-    c_n = torch.empty((batch, hidden), dtype=dtype)
+    new = gates.new_empty
+    h = new((*leading, features))
+    c = new((*leading, hidden) if save_cells else (0,))
+    activations = new((*leading, 4 * hidden) if save_activations else (0,))
+    h_n = new((batch, features))
+    c_n = new((batch, hidden))
     if batch:
         structure = _FORWARD.pack(
             gates.shape[0] if batch_sizes is None else len(batch_sizes),
@@ -227,22 +235,23 @@ def lstm_backward(
 
     Raises:
         LibraryUnavailableError: if there is no native library.
-        MemoryError: if there is no memory for the packed weights.
+        MemoryError: if there is no memory for the kernel's scratch.
     """
     packed = batch_sizes is not None
     (batch, hidden), features, dtype = c0.shape, weight_hh.shape[1], activations.dtype
     activations, c, c0 = _rows(activations), _rows(c), _rows(c0)
-    weight_hh = weight_hh.contiguous()
+    weight_hh = weight_hh.resolve_neg().contiguous()
     weight_hr = None if weight_hr is None else weight_hr.contiguous()
     batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
     grad_h, grad_c = _rows_or_none(grad_h), _rows_or_none(grad_c)
     grad_h_n, grad_c_n = _rows_or_none(grad_h_n), _rows_or_none(grad_c_n)
-    grad_gates = torch.empty(activations.shape, dtype=dtype)
+    new = activations.new_empty
+    grad_gates = new(activations.shape)
     whole = None
     if weight_hr is not None:
-        whole = torch.empty((*activations.shape[:-1], features), dtype=dtype)
-    grad_h0 = torch.empty((batch, features), dtype=dtype)
-    grad_c0 = torch.empty((batch, hidden), dtype=dtype)
+        whole = new((*activations.shape[:-1], features))
+    grad_h0 = new((batch, features))
+    grad_c0 = new((batch, hidden))
     if batch:
         structure = _BACKWARD.pack(
             activations.shape[0] if batch_sizes is None else len(batch_sizes),
@@ -325,7 +334,7 @@ def layer_forward(
 
     Raises:
         LibraryUnavailableError: if there is no native library.
-        MemoryError: if there is no memory for the packed weights.
+        MemoryError: if there is no memory for the kernel's scratch.
     """
     dtype, directions = x.dtype, len(weights)
     x, h0, c0 = _rows(x), _rows(h0), _rows(c0)
@@ -450,7 +459,7 @@ def cell_forward(
 
     Raises:
         LibraryUnavailableError: if there is no native library.
-        MemoryError: if there is no memory for the packed weights.
+        MemoryError: if there is no memory for the kernel's scratch.
     """
     batch, inputs = x.shape
     hidden = h0.shape[1]
@@ -540,10 +549,12 @@ def layer_backward(
 
     Raises:
         LibraryUnavailableError: if there is no native library.
-        MemoryError: if there is no memory for the packed weights.
+        MemoryError: if there is no memory for the kernel's scratch.
     """
     dtype, directions = x.dtype, len(weights)
-    x, h0, c0 = _rows(x), _rows(h0), _rows(c0)
+    x, h0, c0, output = _rows(x), _rows(h0), _rows(c0), _rows(output)
+    # As they were left, unless a hook on saved tensors has brought them back otherwise.
+    c, activations = c.contiguous(), activations.contiguous()
     batch, features = h0.shape[-2:]
     inputs, hidden = x.shape[-1], c0.shape[-1]
     packed = batch_sizes is not None
@@ -650,6 +661,10 @@ def layer_backward(
             for grad in grads:
                 if grad is not None:
                     grad.zero_()
+    grad_weights = [
+        (ih, hh, bias, None if bias is None else bias.clone(), hr)
+        for ih, hh, bias, _, hr in grad_weights
+    ]
     grad_input = None
     if want_input:
         grad_input, *others = grad_inputs

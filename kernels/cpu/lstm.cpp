@@ -26,7 +26,7 @@ namespace {
 // every step.
 constexpr double kFlopsOfAThread = 400e3;
 constexpr double kFlopsOfAMeeting = 20e3;
-// Rows of a group at least, and the bytes of W_hh that each group may read at every step.
+// Rows of a group at least, and the bytes of weights that each member may read at every step.
 constexpr int64_t kRowsOfAGroup = 4;
 constexpr int64_t kCachedWeights = int64_t{1} << 20;
 // Rows, over all steps, that repay a rearrangement of the weights; and what reading and rearranging

@@ -62,7 +62,7 @@ struct LstmForward {
 struct LstmBackward {
   int64_t steps;
   int64_t batch;
-  int64_t input_size;  // 0 where neither grad_x nor grad_weight_ih nor grad_bias is wanted
+  int64_t input_size;  // 0 where neither grad_x nor grad_weight_ih is wanted
   int64_t hidden_size;
   int64_t features;
   int64_t reverse;

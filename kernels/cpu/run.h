@@ -50,7 +50,7 @@ static Barrier *barriers(const Split &split, Memory &memory) {
   return all;
 }
 
-// Huge pages for an output of all rows; strides do not matter, it is one dense tensor.
+// Huge pages for an output of all rows (half of h where there are two directions).
 template <class Real>
 static void advise_rows(const Sequence<Real> &rows, const Timeline &timeline, int64_t width) {
   if (rows.data) advise_huge_pages(rows.data, size_t(timeline.rows * width) * sizeof(Real));
@@ -92,7 +92,7 @@ struct Forward {
                  memory.take<Real>(panels * tile),
                  projected ? memory.take<Real>(projection.size()) : nullptr,
                  projected ? memory.take<Real>(a.batch * a.hidden_size) : nullptr,
-                 memory.take<Real>(a.x.data && packed ? split.row_groups * blocks * kStagedRows * tile : 0),
+                 memory.take<Real>(!a.gates.data && packed ? split.row_groups * blocks * kStagedRows * tile : 0),
                  barriers(split, memory)};
     if (!memory.counting()) {
       advise_rows(plan.h, timeline, a.features);
@@ -254,7 +254,8 @@ static int32_t run(const typename Direction::Arguments *arguments, int64_t count
   region.splits = memory.take<Split>(count);
   region.plans = memory.take<typename Direction::Plan>(count);
   region.count = count;
-  region.threads = side_by_side ? members : threads;
+  // All threads or one: OpenMP ends those that a smaller team leaves over.
+  region.threads = members == 1 ? 1 : threads;
   region.side_by_side = side_by_side;
   for (int64_t i = 0; i < count; ++i) {
     region.splits[i] = split_of(i);

@@ -3,7 +3,8 @@
 // Included once per instruction set, inside a namespace and with these macros set:
 //   VECTOR_BYTES  width of a vector register
 //   TILE_ROWS     rows of a register tile of TILE_ROWS x 4 vectors
-//   HAS_AVX512 or HAS_AVX2 where their intrinsics may be used
+//   HAS_AVX512    where its intrinsics may be used
+//   SHUFFLES      where the compiler has __builtin_shufflevector
 // No include guard, and nothing of the standard library that is not already included: what is
 // defined here is compiled for this instruction set.
 
