@@ -918,7 +918,7 @@ def test_groups_of_rows_that_end_early(first, bidirectional):
     torch.set_num_threads(4)
     try:
         grads = [
-            torch.autograd.grad(m(packed)[0].data.square().sum(), list(layer.parameters()))
+            torch.autograd.grad(m(packed)[0].data.square().sum(), list(m.parameters()))
             for m in (layer, twin(layer))
         ]
     finally:
