@@ -19,7 +19,7 @@ from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
-from fused_lstm.layer import DirectionWeights, composed_layer, native_cell, native_layer
+from fused_lstm.layer import DirectionWeights, composed_layer, native_layer
 from fused_lstm.recurrence import transform_under_way
 from fused_lstm.reference import check_batch_sizes
 
@@ -517,7 +517,8 @@ def lstm_cell(
                     _check_cell(x, hx, weights.ih, weights.hh)
                     _check_weights([weights], x, 1)
                     raise RuntimeError("Expected input, states and weights that fit each other")
-                return native_cell(x, *hx, weights)
+                _, h, c = native_layer(x, *hx, [weights], None, False)
+                return h, c
     _check_cell(input, hx, weight_ih, weight_hh)
     x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
     _, h, c = composed_layer(x, h_0, c_0, [weights], None, False, name)

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_lstm.backends.native import widened
 from fused_lstm.ops import autocast_off
 from fused_lstm.recurrence import recurrence
 
-__all__ = ["DirectionWeights", "LSTMLayerFunction", "composed_layer", "native_cell", "native_layer"]
+__all__ = ["DirectionWeights", "LSTMLayerFunction", "composed_layer", "native_layer"]
 
 
 class DirectionWeights(NamedTuple):
@@ -116,10 +117,10 @@ def native_layer(
     """
     if not x.shape[-1]:
         # No features: a kernel knows by them that there is an input.
-        return _composed_on_native(x, h_0, c_0, weights, batch_sizes, batch_first)
+        return _composed_like_native(x, h_0, c_0, weights, batch_sizes, batch_first)
     if x.dtype == torch.bfloat16:
         # In float32: faster than oneDNN's bfloat16 kernels, and rounded once, at the end.
-        wide = [DirectionWeights(*(w if w is None else w.float() for w in own)) for own in weights]  # type: ignore[arg-type]
+        wide = [DirectionWeights(*map(widened, own)) for own in weights]
         results = native_layer(x.float(), h_0.float(), c_0.float(), wide, batch_sizes, batch_first)
         output, h_n, c_n = (result.bfloat16() for result in results)
         return output, h_n, c_n
@@ -141,7 +142,7 @@ def native_layer(
     return out.output, out.h_n, out.c_n
 
 
-def _composed_on_native(
+def _composed_like_native(
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
@@ -154,58 +155,6 @@ def _composed_on_native(
         _, h, c = composed_layer(x[None], h_0[None], c_0[None], weights, None, False, None)
         return h[0], h[0], c[0]
     return composed_layer(x, h_0, c_0, weights, batch_sizes, batch_first, None)
-
-
-def native_cell(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: DirectionWeights,
-) -> tuple[Tensor, Tensor]:
-    """Compute one step on the native CPU kernels.
-
-    Args:
-        x: [B, I].
-        h_0: [B, H].
-        c_0: [B, H].
-        weights: those of a layer without a projection.
-
-    Returns:
-        h and c after the step, [B, H].
-    """
-    ih, hh, bias_ih, bias_hh, _ = weights
-    # Spelled out: for a small cell a loop over the tensors would be a tenth of the time.
-    if (
-        (
-            torch.is_grad_enabled()
-            and (
-                x.requires_grad
-                or h_0.requires_grad
-                or c_0.requires_grad
-                or ih.requires_grad
-                or hh.requires_grad
-                or (bias_ih is not None and bias_ih.requires_grad)
-                or (bias_hh is not None and bias_hh.requires_grad)
-            )
-        )
-        or not (
-            x.is_contiguous()
-            and h_0.is_contiguous()
-            and c_0.is_contiguous()
-            and ih.is_contiguous()
-            and hh.is_contiguous()
-            and (bias_ih is None or bias_ih.is_contiguous())
-            and (bias_hh is None or bias_hh.is_contiguous())
-        )
-        or not x.numel()
-        or x.dtype == torch.bfloat16
-    ):
-        _, h, c = native_layer(x, h_0, c_0, [weights], None, False)
-        return h, c
-    from fused_lstm.kernels import cpu as kernels
-
-    h, c = kernels.cell_forward(x, h_0, c_0, ih, hh, bias_ih, bias_hh)
-    return h, c
 
 
 class LSTMLayerFunction(torch.autograd.Function):
@@ -327,7 +276,7 @@ def _recomputed(
     x, h_0, c_0, *flat = views
     if x is None or h_0 is None or c_0 is None:
         raise AssertionError("only weights may be missing")
-    outputs: tuple[Tensor, ...] = _composed_on_native(
+    outputs: tuple[Tensor, ...] = _composed_like_native(
         x, h_0, c_0, _grouped(flat), batch_sizes, batch_first
     )
     if len(grads) == 2:

@@ -17,7 +17,7 @@ from fused_lstm.backends.base import (
 )
 from fused_lstm.reference import RecurrenceForward, check_batch_sizes
 
-__all__ = ["NativeBackend"]
+__all__ = ["NativeBackend", "widened"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -54,7 +54,7 @@ class NativeBackend(Backend):
         from fused_lstm.kernels import cpu as kernels
 
         _check_rows(arguments.batch_sizes, arguments.gates, arguments.h0)
-        out = RecurrenceForward(*kernels.lstm_forward(*map(_widened, arguments)))
+        out = RecurrenceForward(*kernels.lstm_forward(*map(widened, arguments)))
         dtype = arguments.gates.dtype
         if dtype == torch.bfloat16:
             # The cell states stay in float32; see `reference.state_dtype`.
@@ -66,7 +66,7 @@ class NativeBackend(Backend):
         from fused_lstm.kernels import cpu as kernels
 
         _check_rows(arguments.batch_sizes, arguments.activations, arguments.c0)
-        gradients = RecurrenceGradients(*kernels.lstm_backward(*map(_widened, arguments)))
+        gradients = RecurrenceGradients(*kernels.lstm_backward(*map(widened, arguments)))
         dtype = arguments.activations.dtype
         if dtype == torch.bfloat16:
             gates, h0, c0, h = gradients
@@ -111,7 +111,7 @@ def _check_rows(batch_sizes: torch.Tensor | None, rows: torch.Tensor, state: tor
         )
 
 
-def _widened(argument: Any) -> Any:
+def widened(argument: Any) -> Any:
     """The argument, in float32 if it is a tensor in bfloat16."""
     if isinstance(argument, torch.Tensor) and argument.dtype == torch.bfloat16:
         return argument.float()

@@ -96,6 +96,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy of it, contiguous."""
+    return None if tensor is None else tensor.resolve_neg().contiguous()
+
+
 def _rows_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _rows(tensor)
 
@@ -159,14 +164,8 @@ def lstm_forward(
     packed = batch_sizes is not None
     hidden, features, batch = gates.shape[-1] // 4, weight_hh.shape[1], h0.shape[0]
     leading, dtype = gates.shape[:-1], gates.dtype
-    gates, h0, c0, weight_hh = (
-        _rows(gates),
-        _rows(h0),
-        _rows(c0),
-        weight_hh.resolve_neg().contiguous(),
-    )
-    weight_hr = None if weight_hr is None else weight_hr.contiguous()
-    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
+    gates, h0, c0 = _rows(gates), _rows(h0), _rows(c0)
+    recurrent, weight_hr, batch_sizes = _dense(weight_hh), _dense(weight_hr), _dense(batch_sizes)
     new = gates.new_empty
     h = new((*leading, features))
     c = new((*leading, hidden) if save_cells else (0,))
@@ -187,7 +186,7 @@ def lstm_forward(
             0,
             0,
             0,
-            weight_hh.data_ptr(),
+            _address(recurrent),
             _address(weight_hr),
             *_state(h0),
             *_state(c0),
@@ -240,9 +239,7 @@ def lstm_backward(
     packed = batch_sizes is not None
     (batch, hidden), features, dtype = c0.shape, weight_hh.shape[1], activations.dtype
     activations, c, c0 = _rows(activations), _rows(c), _rows(c0)
-    weight_hh = weight_hh.resolve_neg().contiguous()
-    weight_hr = None if weight_hr is None else weight_hr.contiguous()
-    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
+    recurrent, weight_hr, batch_sizes = _dense(weight_hh), _dense(weight_hr), _dense(batch_sizes)
     grad_h, grad_c = _rows_or_none(grad_h), _rows_or_none(grad_c)
     grad_h_n, grad_c_n = _rows_or_none(grad_h_n), _rows_or_none(grad_c_n)
     new = activations.new_empty
@@ -266,7 +263,7 @@ def lstm_backward(
             *_NO_SEQUENCE,
             *_NO_SEQUENCE,
             0,
-            weight_hh.data_ptr(),
+            _address(recurrent),
             _address(weight_hr),
             *_NO_STATE,
             *_state(c0),
@@ -376,21 +373,9 @@ def layer_forward(
     batch_sizes_address = 0 if batch_sizes is None else batch_sizes.data_ptr()
     structures = b""
     alive = []
-    for d, (ih, hh, bias_ih, bias_hh, hr) in enumerate(weights):
-        ih, hh = ih.contiguous(), hh.contiguous()
-        alive.append((ih, hh))
-        bias_ih_address = bias_hh_address = hr_address = 0
-        if bias_ih is not None:
-            bias_ih = bias_ih.contiguous()
-            bias_ih_address = bias_ih.data_ptr()
-        if bias_hh is not None:
-            bias_hh = bias_hh.contiguous()
-            bias_hh_address = bias_hh.data_ptr()
-        alive.append((bias_ih, bias_hh))
-        if hr is not None:
-            hr = hr.contiguous()
-            alive.append((hr, hr))
-            hr_address = hr.data_ptr()
+    for d, own in enumerate(weights):
+        ih, hh, bias_ih, bias_hh, hr = dense = [_dense(weight) for weight in own]
+        alive.append(dense)
         structures += _FORWARD.pack(
             steps,
             batch,
@@ -404,11 +389,11 @@ def layer_forward(
             0,
             x_address,
             *x_strides,
-            ih.data_ptr(),
-            bias_ih_address,
-            bias_hh_address,
-            hh.data_ptr(),
-            hr_address,
+            _address(ih),
+            _address(bias_ih),
+            _address(bias_hh),
+            _address(hh),
+            _address(hr),
             h0_address + d * h0_step,
             h0_stride,
             c0_address + d * c0_step,
