@@ -58,25 +58,19 @@ struct BackwardPlan {
 };
 
 template <class Real>
-class BackwardMember {
+class BackwardMember : Member {
   typedef Simd<Real> S;
   typedef typename S::Vector Vector;
   typedef BackwardPlan<Real> Plan;
 
  public:
   BackwardMember(const Plan &plan, const Split &split, int64_t member)
-      : plan_(plan),
-        split_(split),
-        member_(member),
-        row_group_(member / split.unit_groups),
-        unit_group_(member % split.unit_groups),
-        rows_(share_of(plan.timeline.batch, row_group_, split.row_groups)),
+      : Member(split, member, plan.timeline.batch, plan.barriers),
+        plan_(plan),
         buffers_(plan.chunks[row_group_]),
         weights_(plan.weights[row_group_]),
-        mine_(share_of(plan.hidden_panels.count(), member % split.unit_groups,
-                       split.unit_groups)),
-        own_cells_(share_of(plan.projection_panels.count(), member % split.unit_groups,
-                            split.unit_groups)) {}
+        mine_(share(plan.hidden_panels.count())),
+        own_cells_(share(plan.projection_panels.count())) {}
 
   void run() {
     pack_weights();
@@ -120,23 +114,16 @@ class BackwardMember {
   };
 
   const Plan &plan_;
-  const Split &split_;
-  const int64_t member_, row_group_, unit_group_;
-  const Share rows_;
   const ChunkBuffers<Real> &buffers_;
   const WeightGradients<Real> &weights_;
   const Share mine_, own_cells_;
   Chunk previous_{0, 0, 0, 0};
 
-  // This member's part of what its group does together.
-  Share share(int64_t count) const { return share_of(count, unit_group_, split_.unit_groups); }
   // Rows of the group that are active at step k; they begin with rows_.begin.
   int64_t active(int64_t k) const {
     return max(0, min(plan_.timeline.active(k), rows_.end) - rows_.begin);
   }
   int64_t gate_width() const { return 4 * plan_.hidden; }
-  void meet() { plan_.barriers[row_group_].wait(split_.unit_groups); }
-  void meet_all() { plan_.barriers[split_.row_groups].wait(split_.members()); }
 
   int64_t rows_before(const Chunk &chunk, int64_t k) const {
     if (!plan_.timeline.batch_sizes) return (k - chunk.begin) * (rows_.end - rows_.begin);
@@ -159,10 +146,12 @@ class BackwardMember {
     if (plan_.grad_x.data) pack(plan_.input_panels, plan_.arguments->weight_ih, plan_.packed_ih);
   }
   void pack(const Panels &panels, const void *weight, Real *packed) const {
-    const Share share = share_of(panels.count(), member_, split_.members());
-    const Real *rows = static_cast<const Real *>(weight);
-    for (int64_t p = share.begin; p < share.end; ++p) {
-      pack_panel<Real>(panels, p, packed, [&](int64_t k) { return rows + k * panels.width; });
+    const Share mine = share_of_all(panels.count());
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
+      const Real *in = static_cast<const Real *>(weight);
+      for (int64_t k = 0; k < panels.depth; ++k, in += panels.width) {
+        pack_row(panels, p, in, packed_row(packed, panels, p, k));
+      }
     }
   }
 
@@ -217,21 +206,10 @@ class BackwardMember {
   void hidden_panel(int64_t k, int64_t p, Share going, Share ending, const Chunk &chunk,
                     int64_t before, const Chunk &next, int64_t next_before) {
     for_each_tile(going, [&](int64_t row, int64_t count) {
-      switch (count) {
-#define CASE(n)                                                              \
-  case n:                                                                    \
-    hidden_tile<n, COLUMNS>(k, row, p, true, chunk, before, next, next_before); \
-    break;
-        CASE(1)
-        CASE(2)
-        CASE(3)
-#if TILE_ROWS > 3
-        CASE(4)
-        CASE(5)
-        CASE(6)
-#endif
-#undef CASE
-      }
+      with_rows(count, [&](auto height) {
+        this->template hidden_tile<height(), COLUMNS>(k, row, p, true, chunk, before, next,
+                                                      next_before);
+      });
     });
     for (int64_t row = ending.begin; row < ending.end; ++row) {
       hidden_tile<1, COLUMNS>(k, row, p, false, chunk, before, next, next_before);
@@ -382,12 +360,7 @@ class BackwardMember {
     for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t b) {
       const Real *in = row_at(k, b);
       for (int64_t p = 0; p < panels.count(); ++p) {
-        const int64_t columns = panels.columns(p), filled = panels.filled(p);
-        Real *out = packed + panels.offset(p) + row * columns * S::kWidth;
-        for (int64_t z = 0; z < columns; ++z) {
-          S::store(out + z * S::kWidth,
-                   S::load(in + panels.first_column(p) + z * S::kWidth, filled - z * S::kWidth));
-        }
+        pack_row(panels, p, in, packed_row(packed, panels, p, row));
       }
     });
   }
@@ -520,7 +493,7 @@ class BackwardMember {
   }
   void add_up(Real *sum, const Real *other, int64_t count) {
     if (!sum) return;
-    const Share mine = share_of(divide_up(count, S::kWidth), member_, split_.members());
+    const Share mine = share_of_all(divide_up(count, S::kWidth));
     for (int64_t v = mine.begin; v < mine.end; ++v) {
       const int64_t i = v * S::kWidth;
       S::store(sum + i, S::load(sum + i, count - i) + S::load(other + i, count - i), count - i);

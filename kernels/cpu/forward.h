@@ -20,8 +20,9 @@ struct ForwardPlan {
   LstmState h_n, c_n;
   int64_t inputs, hidden, features;
   Panels projection;      // W_hrᵀ [H, P]
-  // [blocks][I + P][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member where there is
-  // a single step; null where weights are read as they are.
+  bool packs_late;        // a single step needs each panel once: it is packed just before
+  // [blocks][I + P][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member that packs late;
+  // null where weights are read as they are.
   Real *panels;
   Real *bias;             // likewise [..][4][lanes]
   Real *projection_panels;
@@ -39,37 +40,33 @@ static_assert(kFusedRows <= kRowsOfAGroup && kFusedRows <= kPackedRows && kFused
               "see above");
 
 template <class Real>
-class ForwardMember {
+class ForwardMember : Member {
   typedef Simd<Real> S;
   typedef typename S::Vector Vector;
   typedef ForwardPlan<Real> Plan;
 
  public:
   ForwardMember(const Plan &plan, const Split &split, int64_t member)
-      : plan_(plan),
-        split_(split),
-        member_(member),
-        row_group_(member / split.unit_groups),
-        rows_(share_of(plan.timeline.batch, row_group_, split.row_groups)),
-        blocks_(share_of(divide_up(plan.hidden, S::kWidth), member % split.unit_groups,
-                         split.unit_groups)) {
+      : Member(split, member, plan.timeline.batch, plan.barriers),
+        plan_(plan),
+        blocks_(share(divide_up(plan.hidden, S::kWidth))) {
     const int64_t blocks = divide_up(plan.hidden, S::kWidth);
     const int64_t rows = rows_.end - rows_.begin;
     const int64_t read = (blocks_.end - blocks_.begin) * depth() * kTile * int64_t(sizeof(Real));
     const bool fused = rows >= kFusedRows && (read <= kCachedWeights || rows >= kStagedRows ||
-                                              plan.timeline.steps == 1);
+                                              plan.packs_late);
     source_ = plan.gates.data ? kGiven : fused || !plan.panels ? kFused : kStaged;
     stage_ = plan.staged + (row_group_ * blocks + blocks_.begin) * kStagedRows * kTile;
   }
 
   void run() {
     const Timeline &timeline = plan_.timeline;
-    if (plan_.panels && !packs_late()) {
-      const Share mine = share_of(divide_up(plan_.hidden, S::kWidth), member_, split_.members());
+    if (plan_.panels && !plan_.packs_late) {
+      const Share mine = share_of_all(divide_up(plan_.hidden, S::kWidth));
       for (int64_t block = mine.begin; block < mine.end; ++block) pack(block);
     }
     pack_projection();
-    plan_.barriers[split_.row_groups].wait(split_.members());
+    meet_all();
     const int64_t own = rows_.end - rows_.begin;
     const int64_t chunk = source_ == kStaged ? max(1, kStagedRows / max(1, own)) : timeline.steps;
     for (int64_t begin = 0; begin < timeline.steps; begin += chunk) {
@@ -85,20 +82,16 @@ class ForwardMember {
   static constexpr int64_t kTile = 4 * S::kWidth;
 
   const Plan &plan_;
-  const Split &split_;
-  const int64_t member_, row_group_;
-  const Share rows_, blocks_;
+  const Share blocks_;
   Source source_;
   Real *stage_;
 
   int64_t depth() const { return plan_.inputs + plan_.features; }
-  // A single step needs each panel once: it is packed just before, into the same memory.
-  bool packs_late() const { return plan_.timeline.steps == 1; }
   Real *panel(int64_t block) const {
-    return plan_.panels + (packs_late() ? member_ : block) * depth() * kTile;
+    return plan_.panels + (plan_.packs_late ? member_ : block) * depth() * kTile;
   }
   Real *bias(int64_t block) const {
-    return plan_.bias + (packs_late() ? member_ : block) * kTile;
+    return plan_.bias + (plan_.packs_late ? member_ : block) * kTile;
   }
   Share active_rows(int64_t k) const {
     return {rows_.begin, max(rows_.begin, min(rows_.end, plan_.timeline.active(k)))};
@@ -135,8 +128,8 @@ class ForwardMember {
     if (!plan_.projection_panels) return;
     const Panels &panels = plan_.projection;
     const Real *weight = static_cast<const Real *>(plan_.arguments->weight_hr);
-    const Share share = share_of(panels.count(), member_, split_.members());
-    for (int64_t p = share.begin; p < share.end; ++p) {
+    const Share mine = share_of_all(panels.count());
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
       const int64_t columns = panels.columns(p);
       for (int64_t z = 0; z < columns; ++z) {
         const int64_t first = panels.first_column(p) + z * S::kWidth;
@@ -166,8 +159,7 @@ class ForwardMember {
           rows[q] = plan_.x.at(plan_.timeline.time(k), exists);
           outs[q] = out + (first + q) * kTile;
           for (int gate = 0; gate < 4; ++gate) {
-            S::store(outs[q] + gate * S::kWidth,
-S::load(bias(block) + gate * S::kWidth));
+            S::store(outs[q] + gate * S::kWidth, S::load(bias(block) + gate * S::kWidth));
           }
         }
         product<Real>(count, rows, panels, 0, panel(block), outs, true);
@@ -182,23 +174,11 @@ S::load(bias(block) + gate * S::kWidth));
         for (int64_t row = rows.begin; row < rows.end; ++row) direct_tile(k, row, block);
         continue;
       }
-      if (packs_late()) pack(block);
+      if (plan_.packs_late) pack(block);
       for_each_tile(rows, [&](int64_t row, int64_t count) {
-        switch (count) {
-#define CASE(n)                                                  \
-  case n:                                                        \
-    cell_tile<n>(k, row, block, staged_row + row - rows_.begin); \
-    break;
-          CASE(1)
-          CASE(2)
-          CASE(3)
-#if TILE_ROWS > 3
-          CASE(4)
-          CASE(5)
-          CASE(6)
-#endif
-#undef CASE
-        }
+        with_rows(count, [&](auto height) {
+          this->template cell_tile<height()>(k, row, block, staged_row + row - rows_.begin);
+        });
       });
     }
     if (plan_.cell_output) {
@@ -207,8 +187,6 @@ S::load(bias(block) + gate * S::kWidth));
     }
     meet();
   }
-
-  void meet() { plan_.barriers[row_group_].wait(split_.unit_groups); }
 
   // The row of h (or c) that enters step k.
   const Real *before(const Sequence<Real> &states, const State<Real> &initial, int64_t k,
@@ -329,7 +307,7 @@ S::load(bias(block) + gate * S::kWidth));
   void project(int64_t k, Share rows) {
     const int64_t t = plan_.timeline.time(k);
     const Panels &panels = plan_.projection;
-    const Share mine = share_of(panels.count(), member_ % split_.unit_groups, split_.unit_groups);
+    const Share mine = share(panels.count());
     for (int64_t p = mine.begin; p < mine.end; ++p) {
       for_each_tile(rows, [&](int64_t row, int64_t count) {
         const Real *in[TILE_ROWS];
@@ -346,12 +324,8 @@ S::load(bias(block) + gate * S::kWidth));
   // Copy the states after each sequence's last step.
   void finish() {
     const Timeline &timeline = plan_.timeline;
-    const Share columns =
-        plan_.cell_output
-            ? share_of(plan_.features, member_ % split_.unit_groups, split_.unit_groups)
-            : Share{blocks_.begin * S::kWidth, min(blocks_.end * S::kWidth, plan_.hidden)};
     const Share units = {blocks_.begin * S::kWidth, min(blocks_.end * S::kWidth, plan_.hidden)};
-    meet();
+    const Share columns = plan_.cell_output ? share(plan_.features) : units;
     int64_t last = timeline.steps - 1;
     for (int64_t row = rows_.begin; row < rows_.end; ++row) {
       while (timeline.active(last) <= row) --last;

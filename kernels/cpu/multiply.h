@@ -88,23 +88,33 @@ static void product_tile(const Real *const *rows, const Real *panel, int64_t dep
   }
 }
 
+// Call tile with a tile's height as a compile-time number.
+template <class Tile>
+INLINE void with_rows(int64_t count, Tile tile) {
+  switch (count) {
+    case 1:
+      return tile(std::integral_constant<int, 1>());
+    case 2:
+      return tile(std::integral_constant<int, 2>());
+    case 3:
+      return tile(std::integral_constant<int, 3>());
+#if TILE_ROWS > 3
+    case 4:
+      return tile(std::integral_constant<int, 4>());
+    case 5:
+      return tile(std::integral_constant<int, 5>());
+    case 6:
+      return tile(std::integral_constant<int, 6>());
+#endif
+  }
+}
+
 template <class Real, int COLUMNS, int STEP>
 static void product_columns(int64_t count, const Real *const *rows, const Real *panel,
                             int64_t depth, Real *const *out, int64_t filled, bool add) {
-  switch (count) {
-#define CASE(n)                                                                       \
-  case n:                                                                             \
-    return product_tile<Real, n, COLUMNS, STEP>(rows, panel, depth, out, filled, add);
-    CASE(1)
-    CASE(2)
-    CASE(3)
-#if TILE_ROWS > 3
-    CASE(4)
-    CASE(5)
-    CASE(6)
-#endif
-#undef CASE
-  }
+  with_rows(count, [&](auto height) {
+    product_tile<Real, height(), COLUMNS, STEP>(rows, panel, depth, out, filled, add);
+  });
 }
 
 // One tile of a product: `count` rows, at most TILE_ROWS, times one panel.
@@ -134,19 +144,14 @@ INLINE void for_each_tile(Share rows, Tile tile) {
   }
 }
 
-// One panel of a matrix [depth, width] whose row k lies at row(k).
-template <class Real, class Row>
-INLINE void pack_panel(const Panels &panels, int64_t panel, Real *packed, Row row) {
+// One row of a matrix [depth, width], into its row of one panel.
+template <class Real>
+INLINE void pack_row(const Panels &panels, int64_t panel, const Real *in, Real *out) {
   typedef Simd<Real> S;
   const int64_t columns = panels.columns(panel), filled = panels.filled(panel);
-  const int64_t first = panels.first_column(panel);
-  Real *out = packed + panels.offset(panel);
-  for (int64_t k = 0; k < panels.depth; ++k, out += columns * S::kWidth) {
-    const Real *in = row(k) + first;
-    for (int64_t z = 0; z < columns; ++z) {
-      const int64_t count = filled - z * S::kWidth;
-      S::store(out + z * S::kWidth, S::load(in + z * S::kWidth, count));
-    }
+  for (int64_t z = 0; z < columns; ++z) {
+    const int64_t first = z * S::kWidth;
+    S::store(out + first, S::load(in + panels.first_column(panel) + first, filled - first));
   }
 }
 

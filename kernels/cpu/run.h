@@ -72,7 +72,9 @@ struct Forward {
                                Panels::wide_for(a.features, S::kWidth, split.unit_groups)};
     const int64_t tile = 4 * S::kWidth;
     const bool packed = timeline.rows >= kPackedRows;
-    const int64_t panels = a.steps == 1 ? split.members() : blocks;
+    const bool packs_late = a.steps == 1;
+    const int64_t panels = !packed ? 0 : packs_late ? split.members() : blocks;
+    const int64_t staged = a.gates.data || !packed ? 0 : split.row_groups * blocks * kStagedRows;
     Plan plan = {&a,
                  timeline,
                  {a.gates, timeline.offsets},
@@ -88,11 +90,12 @@ struct Forward {
                  a.hidden_size,
                  a.features,
                  projection,
+                 packs_late,
                  packed ? memory.take<Real>(panels * (a.input_size + a.features) * tile) : nullptr,
                  memory.take<Real>(panels * tile),
                  projected ? memory.take<Real>(projection.size()) : nullptr,
                  projected ? memory.take<Real>(a.batch * a.hidden_size) : nullptr,
-                 memory.take<Real>(!a.gates.data && packed ? split.row_groups * blocks * kStagedRows * tile : 0),
+                 memory.take<Real>(staged * tile),
                  barriers(split, memory)};
     if (!memory.counting()) {
       advise_rows(plan.h, timeline, a.features);
@@ -201,17 +204,14 @@ struct Region {
   typename Direction::Plan *plans;
   Split *splits;
   int64_t count;
-  int64_t threads;     // as planned
-  bool side_by_side;   // a team for each recurrence, or one thread for several
+  int64_t threads;  // as planned
   bool short_of_threads;
 
+  // One thread for one recurrence after another, or a team for each.
+  void run_alone() const {
+    for (int64_t i = 0; i < count; ++i) typename Direction::Member(plans[i], splits[i], 0).run();
+  }
   void run(int64_t rank) const {
-    if (!side_by_side) {
-      for (int64_t i = rank; i < count; i += threads) {
-        typename Direction::Member(plans[i], splits[i], 0).run();
-      }
-      return;
-    }
     for (int64_t i = 0; i < count; rank -= splits[i].members(), ++i) {
       if (rank < splits[i].members()) {
         typename Direction::Member(plans[i], splits[i], rank).run();
@@ -233,14 +233,13 @@ struct Region {
 template <class Direction, class Real>
 static int32_t run(const typename Direction::Arguments *arguments, int64_t count, int64_t threads,
                    Scratch &scratch) {
-  const bool side_by_side = threads >= count;
+  if (threads < count) threads = 1;
   Memory counted;
   counted.take<Split>(count);
   counted.take<typename Direction::Plan>(count);
   int64_t members = 0;
   const auto split_of = [&](int64_t i) {
-    return split_for<typename Direction::Arguments, Real>(arguments[i],
-                                                          side_by_side ? threads / count : 1);
+    return split_for<typename Direction::Arguments, Real>(arguments[i], max(1, threads / count));
   };
   for (int64_t i = 0; i < count; ++i) {
     const Split split = split_of(i);
@@ -256,14 +255,13 @@ static int32_t run(const typename Direction::Arguments *arguments, int64_t count
   region.count = count;
   // All threads or one: OpenMP ends those that a smaller team leaves over.
   region.threads = members == 1 ? 1 : threads;
-  region.side_by_side = side_by_side;
   for (int64_t i = 0; i < count; ++i) {
     region.splits[i] = split_of(i);
     new (region.plans + i)
         typename Direction::Plan(Direction::lay_out(arguments[i], region.splits[i], memory));
   }
   if (region.threads == 1) {
-    region.run(0);
+    region.run_alone();
   } else {
     openmp.parallel(&Region<Direction>::enter, &region, unsigned(region.threads), 0);
     // A runtime may give fewer threads than it was asked for.

@@ -131,3 +131,30 @@ struct Split {
   int64_t row_groups, unit_groups;
   int64_t members() const { return row_groups * unit_groups; }
 };
+
+// One thread of a team: its place in the split, and whom it meets.
+class Member {
+ protected:
+  // barriers: one for each group of rows, and one for all.
+  Member(const Split &split, int64_t member, int64_t batch, Barrier *barriers)
+      : split_(split),
+        member_(member),
+        row_group_(member / split.unit_groups),
+        unit_group_(member % split.unit_groups),
+        rows_(share_of(batch, row_group_, split.row_groups)),
+        barriers_(barriers) {}
+
+  // This member's part of what its group, or the whole team, does together.
+  Share share(int64_t count) const { return share_of(count, unit_group_, split_.unit_groups); }
+  Share share_of_all(int64_t count) const { return share_of(count, member_, split_.members()); }
+
+  void meet() { barriers_[row_group_].wait(split_.unit_groups); }
+  void meet_all() { barriers_[split_.row_groups].wait(split_.members()); }
+
+  const Split &split_;
+  const int64_t member_, row_group_, unit_group_;
+  const Share rows_;
+
+ private:
+  Barrier *barriers_;
+};
