@@ -12,6 +12,7 @@ from fused_lstm.backends import use_backend
 from fused_lstm.convert import replace_lstm, restore_lstm
 from fused_lstm.errors import BackendUnavailableError, KernelFallbackWarning
 from fused_lstm.explanation import Explanation, explain
+from fused_lstm.layer_norm import LayerNormLSTM
 from fused_lstm.module import LSTM, LSTMCell
 from fused_lstm.recurrence import LSTMOutput, lstm_recurrence
 
@@ -24,6 +25,7 @@ __all__ = [
     "KernelFallbackWarning",
     "LSTMCell",
     "LSTMOutput",
+    "LayerNormLSTM",
     "explain",
     "lstm_recurrence",
     "replace_lstm",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fused_lstm.backends import check_name
-from fused_lstm.module import LSTM, LSTMCell
+from fused_lstm.module import LSTM, REGULARIZERS, LSTMCell, check_expressible
+from fused_lstm.regularization import Zoneout, check_clip, check_probability, check_zoneout
 
 __all__ = ["replace_lstm", "restore_lstm"]
 
@@ -17,7 +18,15 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LS
 _TORCH = {fused: plain for plain, fused in _FUSED.items()}
 
 
-def replace_lstm(model: Model, *, backend: str | None = None) -> Model:
+def replace_lstm(
+    model: Model,
+    *,
+    recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
+    zoneout: Zoneout = 0.0,
+    cell_clip: float | None = None,
+    backend: str | None = None,
+) -> Model:
     """Make every `torch.nn.LSTM` and `torch.nn.LSTMCell` of a model a fused one.
 
     Parameters, hooks, flags and names stay the very same objects, so optimizers and checkpoints go
@@ -25,18 +34,33 @@ def replace_lstm(model: Model, *, backend: str | None = None) -> Model:
 
     Args:
         model: any module; if it is itself an LSTM, it becomes a fused one.
-        backend: as for `fused_lstm.LSTM`.
+        recurrent_dropout: as for `fused_lstm.LSTM`, and so for what follows; a cell has none of
+            them but backend.
+        weight_dropout: see there.
+        zoneout: see there.
+        cell_clip: see there.
+        backend: see there.
 
     Returns:
         The model.
 
     Raises:
         TypeError: if model is not a module, or backend neither None nor a string.
-        ValueError: if no backend has that name.
+        ValueError: if an option has no such value.
     """
+    check_zoneout(zoneout)
+    options: dict[str, Any] = {
+        "recurrent_dropout": check_probability("recurrent_dropout", recurrent_dropout),
+        "weight_dropout": check_probability("weight_dropout", weight_dropout),
+        "zoneout": tuple(zoneout) if isinstance(zoneout, list) else zoneout,
+        "cell_clip": check_clip(cell_clip),
+    }
     check_name(backend)
     for module in _change_classes(model, _FUSED):
         module.backend = backend  # type: ignore[assignment]
+        if isinstance(module, nn.LSTM):
+            for name, value in options.items():
+                setattr(module, name, value)
     return model
 
 
@@ -51,9 +75,16 @@ def restore_lstm(model: Model) -> Model:
 
     Raises:
         TypeError: if model is not a module.
+        ValueError: if a layer has an option that torch's has not, and that acts in its present
+            mode (see `fused_lstm.LSTM.to_torch`); the model is then left as it was.
     """
+    _check_model(model)
+    for module in model.modules():
+        if type(module) is LSTM:
+            check_expressible(module)
     for module in _change_classes(model, _TORCH):
-        module.__dict__.pop("backend", None)
+        for name in ("backend", "forget_bias", *REGULARIZERS):
+            module.__dict__.pop(name, None)
         if isinstance(module, nn.LSTM):
             module._init_flat_weights()
     return model
@@ -66,9 +97,13 @@ def _change_classes(
 
     The classes differ in methods alone, so the object, and every reference to it, stays.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model should be a torch.nn.Module, got: {type(model).__name__}")
+    _check_model(model)
     changed = [module for module in model.modules() if type(module) in classes]
     for module in changed:
         module.__class__ = classes[type(module)]
     return changed
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, got: {type(model).__name__}")

@@ -14,6 +14,7 @@ from fused_lstm.backends import Problem
 from fused_lstm.devices import DeviceDescription, autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.functional import input_dtype
+from fused_lstm.module import LSTM
 
 __all__ = ["Explanation", "explain"]
 
@@ -53,6 +54,9 @@ def explain(
     input: Tensor | PackedSequence | None = None,
     hx: Any = None,
     *,
+    lengths: Any = None,
+    resets: Any = None,
+    return_cells: bool = False,
     device: str | torch.device | DeviceDescription | None = None,
 ) -> Explanation:
     """Tell which backend runs a layer, how, and why the others do not.
@@ -63,6 +67,9 @@ def explain(
         module: an `LSTM` or `LSTMCell`, torch's or fused.
         input: what the layer would be called with; if None, 100 steps of a batch of 32.
         hx: what the layer would be called with; the choice does not depend on it.
+        lengths: what the layer would be called with; the choice depends on whether it is given.
+        resets: likewise.
+        return_cells: likewise.
         device: where to run, instead of where the module is: a torch device, or a GPU that need
             not be at hand, such as "sm_90" (NVIDIA Hopper) or "gfx942" (AMD MI300).
 
@@ -75,7 +82,10 @@ def explain(
     """
     if not isinstance(module, (nn.LSTM, nn.LSTMCell)):
         raise TypeError(f"module should be an LSTM or LSTMCell, got: {type(module).__name__}")
-    problem = _problem(module, input, device)
+    demands = {"resets": resets is not None, "lengths": lengths is not None}
+    demands |= dict.fromkeys(_own_additions(module), True) | {"return_cells": return_cells}
+    additions = tuple(name for name, wanted in demands.items() if wanted)
+    problem = _problem(module, input, device, additions)
     own = backends.check_name(getattr(module, "backend", None))
     asked_for = backends.requested_name(own)
     try:
@@ -90,6 +100,7 @@ def _problem(
     module: nn.LSTM | nn.LSTMCell,
     input: Tensor | PackedSequence | None,
     device: str | torch.device | DeviceDescription | None,
+    additions: tuple[str, ...],
 ) -> Problem:
     """Describe what calling `module` with `input` would ask of the backends."""
     cell = isinstance(module, nn.LSTMCell)
@@ -121,7 +132,16 @@ def _problem(
         autocast=autocast_is_on(description.type),
         whole_layers=True,
         cell=cell,
+        additions=additions,
     )
+
+
+def _own_additions(module: nn.Module) -> tuple[str, ...]:
+    """Name the options of a module that its backend has to have."""
+    if not isinstance(module, LSTM):
+        return ()
+    names = module._regularization().names(module.training)
+    return names if module._normalization() is None else ("layer_norm", *names)
 
 
 def _reason(name: str, problem: Problem, chosen: str, asked_for: str | None) -> str:
@@ -145,6 +165,8 @@ def _describe(module: nn.Module, problem: Problem) -> str:
     """One line: the layer, the input, the device."""
     kind = "packed input" if problem.packed else "input"
     purpose = "training" if problem.training else "inference"
+    if problem.additions:
+        purpose += f", with {', '.join(problem.additions)}"
     return (
         f"{type(module).__name__}({module.extra_repr()}) on {problem.device}: {kind} of "
         f"{problem.steps} steps × {problem.batch} sequences, {str(problem.dtype)[6:]}, {purpose}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +19,19 @@ from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
-from fused_lstm.layer import DirectionWeights, composed_layer, native_layer
-from fused_lstm.recurrence import transform_under_way
+from fused_lstm.layer import (
+    DirectionNorms,
+    DirectionWeights,
+    LayerOutput,
+    composed_layer,
+    native_layer,
+)
+from fused_lstm.modifiers import NO_MODIFIERS, Modifiers, check_length_values
+from fused_lstm.recurrence import recording_under_way, transform_under_way
 from fused_lstm.reference import check_batch_sizes
+from fused_lstm.regularization import NO_REGULARIZATION, Regularization
 
-__all__ = ["input_dtype", "layers_problem", "lstm", "lstm_cell"]
+__all__ = ["Normalization", "input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -61,8 +69,13 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    return_cells: bool = False,
+    regularization: Regularization = NO_REGULARIZATION,
+    normalization: Normalization | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run a stack of LSTM layers; the functional form of `fused_lstm.LSTM`.
 
     Args:
@@ -74,17 +87,23 @@ def lstm(
         bias: whether `weights` holds biases.
         num_layers: L.
         dropout: probability of zeroing an output of every layer but the last, in training.
-        training: whether dropout acts.
+        training: whether dropout and other masks are random.
         bidirectional: whether D is 2.
         batch_first: whether input and output are [B, T, ...]; packed rows are neither.
+        lengths: [B] int64, steps of each sequence, or None; not with batch_sizes.
+        resets: [T, B] (whatever batch_first says) or [N] bool, or None.
+        return_cells: whether the cell states of the last layer are wanted.
+        regularization: what else changes the recurrence.
+        normalization: gains and biases of layer normalization, or None.
         backend: a backend's name, or None for the default choice.
 
     Returns:
-        output, shaped as input with D·P features, h_n [L·D, B, P] and c_n [L·D, B, H].
+        output, shaped as input with D·P features, h_n [L·D, B, P] and c_n [L·D, B, H]; with
+        return_cells the cell states as well, shaped as output with D·H features.
 
     Raises:
         RuntimeError: if T is 0, or tensors lie on different devices, with torch's text.
-        ValueError: if the backend is unknown.
+        ValueError: if the backend is unknown, or a length is not between 0 and T.
         BackendUnavailableError: if the named backend cannot run the problem.
     """
     name = backends.check_name(backend)
@@ -94,13 +113,24 @@ def lstm(
         name = backends.requested_name(name)
     elif name == AtenBackend.name:
         raise BackendUnavailableError(f"backend={name!r} cannot run here: {UNTRACEABLE}")
+    additions = _additions(lengths, resets, return_cells, regularization, training)
+    if normalization is not None:
+        additions = ("layer_norm", *additions)
+    if training and regularization.weight_dropout:
+        # In torch's order each layer and direction has its recurrent weights second.
+        count = len(weights) // (num_layers * (2 if bidirectional else 1))
+        weights = [
+            regularization.dropped(weight, training) if k % count == 1 else weight
+            for k, weight in enumerate(weights)
+        ]
     native = False
     if transform != "compile" and name in _WHOLE_LAYERS:
-        transform = transform or _recording(input, hx, weights)
-        problem = layers_problem(input, hx, weights, batch_sizes, batch_first, transform)
+        transform = transform or recording_under_way((input, *hx, *weights))
+        problem = layers_problem(input, hx, weights, batch_sizes, batch_first, transform, additions)
         chosen = backends.select_backend(problem, name)
         native = chosen == NativeBackend.name and not transform
         if chosen == AtenBackend.name:
+            check_length_values(lengths, problem.steps)
             aten = cast(AtenBackend, backends.get_backend(AtenBackend.name))
             return aten.layers(
                 input,
@@ -113,51 +143,46 @@ def lstm(
                 training=training,
                 bidirectional=bidirectional,
                 batch_first=batch_first,
+                lengths=lengths,
             )
     directions = 2 if bidirectional else 1
     states = num_layers * directions
     x = input
     if native:
+        check_length_values(lengths, problem.steps)
         x, hx, groups = _prepare_for_native(
             problem, input, hx, weights, batch_sizes, batch_first, bias, states, directions
         )
     else:
         _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
         groups = _by_direction(weights, bias, states)
-    return _stack_of_layers(
-        native,
-        x,
-        hx,
-        groups,
-        batch_sizes,
-        num_layers,
-        dropout if training else 0.0,
-        directions,
-        batch_first and batch_sizes is None,
-        name,
-    )
+    first = batch_first and batch_sizes is None
+    stack = _Stack(num_layers, directions, dropout, training, regularization, lengths, resets)
+    if native:
+        run = functools.partial(native_layer, batch_sizes=batch_sizes)
+    else:
+        run = functools.partial(composed_layer, batch_sizes=batch_sizes, backend=name)
+    return _stack_of_layers(run, stack, x, hx, groups, normalization, first, return_cells)
+
+
+def _additions(
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    return_cells: bool,
+    regularization: Regularization,
+    training: bool,
+) -> tuple[str, ...]:
+    """Name what no `torch.nn.LSTM` does; see `Problem.additions`."""
+    names = regularization.names(training) if regularization is not NO_REGULARIZATION else ()
+    if lengths is not None:
+        names = ("lengths", *names)
+    if resets is not None:
+        names = ("resets", *names)
+    return (*names, "return_cells") if return_cells else names
 
 
 # Backends that compute whole layers, and None: the choice may fall on one of them.
 _WHOLE_LAYERS = (None, NativeBackend.name, AtenBackend.name)
-
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-
-
-def _recording(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor | None]) -> str:
-    """Name what wants to see PyTorch's operators: "trace", "modes" or "" for nothing.
-
-    Modes are of `torch.utils._python_dispatch` (fake tensors, counters, `make_fx`); subclasses of
-    Tensor count as one, because they may have no memory of their own, and so do lazy negations.
-    """
-    if torch._C._is_tracing():
-        return "trace"
-    if torch._C._len_torch_dispatch_stack() or any(
-        t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg())
-        for t in (input, *hx, *weights)
-    ):
-        return "modes"
-    return ""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -199,6 +224,7 @@ def layers_problem(
     batch_sizes: Tensor | None,
     batch_first: bool,
     transform: str,
+    additions: tuple[str, ...],
 ) -> Problem:
     """Describe a stack of layers to the backends."""
     rows, features = weights[1].shape
@@ -225,6 +251,8 @@ def layers_problem(
         autocast,
         True,
         transform,
+        False,
+        additions,
     )
 
 
@@ -299,40 +327,96 @@ def _by_direction(weights: list[Tensor], bias: bool, states: int) -> list[Direct
     return groups
 
 
+class Normalization(NamedTuple):
+    """Layer normalization of a stack.
+
+    Attributes:
+        directions: for each layer and direction, in the order of the weights.
+        eps: added to the variances.
+    """
+
+    directions: list[DirectionNorms]
+    eps: float
+
+
+class _Stack(NamedTuple):
+    """What the layers of a stack have in common; see `lstm`."""
+
+    num_layers: int
+    directions: int
+    dropout: float
+    training: bool
+    regularization: Regularization
+    lengths: Tensor | None
+    resets: Tensor | None
+
+    def modifiers(self, x: Tensor, batch_first: bool, h_0: Tensor, c_0: Tensor) -> list[Modifiers]:
+        """What changes the recurrence of one layer, in each direction: masks are drawn here."""
+        plain = self.regularization is NO_REGULARIZATION
+        if plain and self.lengths is None and self.resets is None:
+            return _PLAIN[self.directions]
+        leading = tuple(x.shape[:-1])
+        dtype = input_dtype(x, x.device.type)
+        batch, features = h_0.shape[-2:]
+        return [
+            self.regularization.draw(
+                leading[::-1] if batch_first else leading,
+                batch,
+                features,
+                c_0.shape[-1],
+                x.device,
+                dtype,
+                self.training,
+            )._replace(lengths=self.lengths, resets=self.resets)
+            for _ in range(self.directions)
+        ]
+
+
+# Of one direction, and of two.
+_PLAIN = {1: [NO_MODIFIERS], 2: [NO_MODIFIERS, NO_MODIFIERS]}
+
+
 def _stack_of_layers(
-    native: bool,
+    run: Callable[..., LayerOutput],
+    stack: _Stack,
     input: Tensor,
     hx: tuple[Tensor, Tensor],
     groups: list[DirectionWeights],
-    batch_sizes: Tensor | None,
-    num_layers: int,
-    dropout: float,
-    directions: int,
+    normalization: Normalization | None,
     batch_first: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the layers one after another, whole ones on the native kernels or composed ones."""
-    x = input
+    return_cells: bool,
+) -> tuple[Tensor, ...]:
+    """Run the layers one after another: `run` is `native_layer` or `composed_layer`."""
+    num_layers, directions, dropout, training, *_ = stack
+    x, cells = input, None
     h_n, c_n = [], []
     for layer in range(num_layers):
         own = slice(layer * directions, (layer + 1) * directions)
-        first = batch_first and layer == 0
+        first, last = batch_first and layer == 0, layer == num_layers - 1
         h_0, c_0 = hx if num_layers == 1 else (hx[0][own], hx[1][own])
-        if native:
-            x, h_last, c_last = native_layer(x, h_0, c_0, groups[own], batch_sizes, first)
-        else:
-            x, h_last, c_last = composed_layer(
-                x, h_0, c_0, groups[own], batch_sizes, first, backend
-            )
+        modifiers = stack.modifiers(x, first, h_0, c_0)
+        norms = {}
+        if normalization is not None:
+            norms = {"norms": normalization.directions[own], "eps": normalization.eps}
+        x, h_last, c_last, cells = run(
+            x,
+            h_0,
+            c_0,
+            groups[own],
+            modifiers=modifiers,
+            batch_first=first,
+            return_cells=return_cells and last,
+            **norms,
+        )
         h_n.append(h_last)
         c_n.append(c_last)
-        if dropout != 0 and layer < num_layers - 1:
+        if dropout != 0 and training and not last:
             x = torch.dropout(x, dropout, True)
+    outputs = [x] if cells is None else [x, cells]
     if batch_first:
-        x = x.transpose(0, 1)
-    if num_layers == 1:
-        return x, h_n[0], c_n[0]
-    return x, torch.cat(h_n), torch.cat(c_n)
+        outputs = [each.transpose(0, 1) for each in outputs]
+    states = (h_n[0], c_n[0]) if num_layers == 1 else (torch.cat(h_n), torch.cat(c_n))
+    return outputs[0], *states, *outputs[1:]
 
 
 def _prepare_for_native(
@@ -490,7 +574,7 @@ def lstm_cell(
     else:
         name = backends.requested_name(name)
         if name in _WHOLE_LAYERS:
-            transform = transform or _recording(input, hx, weights)
+            transform = transform or recording_under_way((input, *hx, *weights))
             autocast = autocast_is_on(input.device.type)
             chosen = _choose_for_cell(
                 input.device,
@@ -517,11 +601,11 @@ def lstm_cell(
                     _check_cell(x, hx, weights.ih, weights.hh)
                     _check_weights([weights], x, 1)
                     raise RuntimeError("Expected input, states and weights that fit each other")
-                _, h, c = native_layer(x, *hx, [weights], None, False)
+                h, c = native_layer(x, *hx, [weights])[1:3]
                 return h, c
     _check_cell(input, hx, weight_ih, weight_hh)
     x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
-    _, h, c = composed_layer(x, h_0, c_0, [weights], None, False, name)
+    h, c = composed_layer(x, h_0, c_0, [weights], backend=name)[1:3]
     return h[0], c[0]
 
 

@@ -17,10 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lstm.backends.native import widened
+from fused_lstm.layer_norm_recurrence import layer_norm_recurrence
+from fused_lstm.layer_norm_reference import LayerNorm
+from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.ops import autocast_off
-from fused_lstm.recurrence import recurrence
+from fused_lstm.recurrence import readable, recurrence
+from fused_lstm.reference import state_dtype
 
-__all__ = ["DirectionWeights", "LSTMLayerFunction", "composed_layer", "native_layer"]
+__all__ = [
+    "DirectionNorms",
+    "DirectionWeights",
+    "LSTMLayerFunction",
+    "LayerOutput",
+    "composed_layer",
+    "native_layer",
+]
 
 
 class DirectionWeights(NamedTuple):
@@ -41,15 +52,57 @@ class DirectionWeights(NamedTuple):
     hr: Tensor | None
 
 
+class DirectionNorms(NamedTuple):
+    """What layer normalization adds to the weights of one layer in one direction.
+
+    The biases of x·W_ihᵀ and h·W_hhᵀ, once normalized, are those of `DirectionWeights`.
+
+    Attributes:
+        gain_ih: [4H], of x·W_ihᵀ.
+        gain_hh: [4H], of h·W_hhᵀ.
+        gain_c: [H], of the cell state.
+        bias_c: [H] or None.
+    """
+
+    gain_ih: Tensor
+    gain_hh: Tensor
+    gain_c: Tensor
+    bias_c: Tensor | None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer computes.
+
+    Attributes:
+        output: [T, B, D·P], whatever the input's layout, or [N, D·P]; for a cell h_n.
+        h_n: like h_0.
+        c_n: like c_0.
+        cells: cell states after each step, [T, B, D·H] or [N, D·H]; None unless asked for.
+    """
+
+    output: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    cells: Tensor | None
+
+
+# One for each direction at most; what is left over is not looked at.
+_PLAIN = (NO_MODIFIERS, NO_MODIFIERS)
+
+
 def composed_layer(
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
     weights: Sequence[DirectionWeights],
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    batch_sizes: Tensor | None = None,
+    modifiers: Sequence[Modifiers] = _PLAIN,
+    batch_first: bool = False,
+    return_cells: bool = False,
+    backend: str | None = None,
+    norms: Sequence[DirectionNorms] | None = None,
+    eps: float = 1e-5,
+) -> LayerOutput:
     """Project the whole sequence with one GEMM a direction, then run the recurrence over it.
 
     Args:
@@ -58,39 +111,81 @@ def composed_layer(
         c_0: [D, B, H].
         weights: one for each direction; the second runs backwards in time.
         batch_sizes: [T] int64 on the CPU for packed rows, else None.
+        modifiers: one for each direction, with the same lengths and resets.
         batch_first: how x is laid out.
+        return_cells: whether cell states are wanted, in the dtype of the output.
         backend: a backend's name, or None for the default choice.
-
-    Returns:
-        output [T, B, D·P] (whatever batch_first says) or [N, D·P], h_n [D, B, P], c_n [D, B, H].
+        norms: one for each direction, for a normalized layer.
+        eps: added to the variances of a normalized layer.
     """
-    outputs, h_n, c_n = [], [], []
-    for direction, own in enumerate(weights):
+    lengths = modifiers[0].lengths
+    if lengths is not None:
+        x = _within(x, lengths, batch_first)
+    outputs, h_n, c_n, cells = [], [], [], []
+    for direction, (own, modifier) in enumerate(zip(weights, modifiers, strict=False)):
         bias = own.bias_ih if own.bias_hh is None else own.bias_hh
         if own.bias_ih is not None and own.bias_hh is not None:
             bias = own.bias_ih + own.bias_hh
-        gates = F.linear(x, own.ih, bias)
+        if norms is None:
+            gates = F.linear(x, own.ih, bias)
+        else:
+            gates = _normalized(F.linear(x, own.ih), norms[direction].gain_ih, bias, eps)
         if batch_first:
             # A view: the kernels read any strides.
             gates = gates.transpose(0, 1)
         # Under autocast the projection has chosen the dtype, and the recurrence follows it.
         dtype = gates.dtype
-        h, _, h_last, c_last = recurrence(
+        if modifier.recurrent_mask is not None:
+            modifier = modifier._replace(recurrent_mask=modifier.recurrent_mask.to(dtype))
+        arguments = (
             gates,
             own.hh.to(dtype),
             h_0[direction].to(dtype),
             c_0[direction].to(dtype),
             None if own.hr is None else own.hr.to(dtype),
             batch_sizes,
+            modifier,
             direction == 1,
-            backend,
-            save_cells=False,
         )
+        if norms is None:
+            out = recurrence(*arguments, backend, save_cells=return_cells)
+        else:
+            own_norms: list[Any] = [t if t is None else t.to(dtype) for t in norms[direction]]
+            _, gain_hh, gain_c, bias_c = own_norms
+            norm = LayerNorm(gain_hh, gain_c, bias_c, eps)
+            out = layer_norm_recurrence(*arguments, norm, backend)
+        h, c, h_last, c_last = out
         outputs.append(h)
         h_n.append(h_last)
         c_n.append(c_last)
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    return output, torch.stack(h_n), torch.stack(c_n)
+        if return_cells:
+            cells.append(c.to(dtype))
+    return LayerOutput(
+        _side_by_side(outputs),
+        torch.stack(h_n),
+        torch.stack(c_n),
+        _side_by_side(cells) if return_cells else None,
+    )
+
+
+def _normalized(gates: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalize x·W_ihᵀ over its 4H features, in the dtype of states, rounded once."""
+    wide = state_dtype(gates.dtype)
+    bias = None if bias is None else bias.to(wide)
+    with autocast_off(gates.device.type):
+        normalized = F.layer_norm(gates.to(wide), gates.shape[-1:], gain.to(wide), bias, eps)
+    return normalized.to(gates.dtype)
+
+
+def _side_by_side(directions: list[Tensor]) -> Tensor:
+    return directions[0] if len(directions) == 1 else torch.cat(directions, -1)
+
+
+def _within(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """The input, with zeros beyond the lengths: 0 times a NaN there would be one in δW_ih."""
+    t = torch.arange(x.shape[1 if batch_first else 0], device=x.device)
+    beyond = t >= lengths.unsqueeze(-1) if batch_first else t.unsqueeze(-1) >= lengths
+    return torch.where(beyond.unsqueeze(-1), torch.zeros_like(x), x)
 
 
 def native_layer(
@@ -98,9 +193,11 @@ def native_layer(
     h_0: Tensor,
     c_0: Tensor,
     weights: Sequence[DirectionWeights],
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    batch_sizes: Tensor | None = None,
+    modifiers: Sequence[Modifiers] = _PLAIN,
+    batch_first: bool = False,
+    return_cells: bool = False,
+) -> LayerOutput:
     """Compute a layer on the native CPU kernels.
 
     Args:
@@ -109,21 +206,22 @@ def native_layer(
         c_0: [D, B, H]; [B, H] for a cell.
         weights: one for each direction; the second runs backwards in time.
         batch_sizes: [T] int64 on the CPU for packed rows, else None.
+        modifiers: one for each direction, with the same lengths and resets; none for a cell.
         batch_first: how x is laid out.
-
-    Returns:
-        output [T, B, D·P] (whatever batch_first says) or [N, D·P], for a cell h_n; h_n like h_0;
-        c_n like c_0.
+        return_cells: whether cell states are wanted; not for a cell.
     """
+    sequence = (batch_sizes, modifiers, batch_first, return_cells)
     if not x.shape[-1]:
         # No features: a kernel knows by them that there is an input.
-        return _composed_like_native(x, h_0, c_0, weights, batch_sizes, batch_first)
+        return _composed_like_native(x, h_0, c_0, weights, *sequence)
     if x.dtype == torch.bfloat16:
         # In float32: faster than oneDNN's bfloat16 kernels, and rounded once, at the end.
         wide = [DirectionWeights(*map(widened, own)) for own in weights]
-        results = native_layer(x.float(), h_0.float(), c_0.float(), wide, batch_sizes, batch_first)
-        output, h_n, c_n = (result.bfloat16() for result in results)
-        return output, h_n, c_n
+        modifiers = [widened(modifier) for modifier in modifiers]
+        out = native_layer(
+            x.float(), h_0.float(), c_0.float(), wide, batch_sizes, modifiers, *sequence[2:]
+        )
+        return LayerOutput(*(None if t is None else t.bfloat16() for t in out))  # type: ignore[arg-type]
     if torch.is_grad_enabled() and (
         x.requires_grad
         or h_0.requires_grad
@@ -131,15 +229,36 @@ def native_layer(
         or any(w is not None and w.requires_grad for own in weights for w in own)
     ):
         flat = [w for own in weights for w in own]
+        masks: list[Tensor | None] = []
+        lengths, resets, *_, cell_clip = modifiers[0]
+        if modifiers[0] is not NO_MODIFIERS:
+            masks = [mask for own in modifiers for mask in own[2:5]]
         outputs: tuple[Tensor, ...] = LSTMLayerFunction.apply(  # type: ignore[no-untyped-call]
-            x, h_0, c_0, batch_sizes, batch_first, *flat
+            x,
+            h_0,
+            c_0,
+            batch_sizes,
+            batch_first,
+            lengths,
+            resets,
+            cell_clip,
+            return_cells,
+            len(weights),
+            *flat,
+            *masks,
         )
-        # A cell's output is h_n, and no output of its own.
-        return outputs if len(outputs) == 3 else (outputs[0], *outputs)  # type: ignore[return-value]
+        if len(outputs) == 2:
+            # A cell's output is h_n, and no output of its own.
+            h_n, c_n = outputs
+            return LayerOutput(h_n, h_n, c_n, None)
+        output, h_n, c_n, *cells = outputs
+        return LayerOutput(output, h_n, c_n, cells[0] if cells else None)
     from fused_lstm.kernels import cpu as kernels
 
-    out = kernels.layer_forward(x, h_0, c_0, weights, batch_sizes, batch_first, False)
-    return out.output, out.h_n, out.c_n
+    out = kernels.layer_forward(
+        x, h_0, c_0, weights, batch_sizes, batch_first, modifiers, False, return_cells
+    )
+    return LayerOutput(out.output, out.h_n, out.c_n, out.c)
 
 
 def _composed_like_native(
@@ -148,13 +267,19 @@ def _composed_like_native(
     c_0: Tensor,
     weights: Sequence[DirectionWeights],
     batch_sizes: Tensor | None,
+    modifiers: Sequence[Modifiers],
     batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_cells: bool,
+) -> LayerOutput:
     """Compute what `native_layer` does from PyTorch's operators; arguments and results as there."""
     if x.dim() == h_0.dim() == 2:
-        _, h, c = composed_layer(x[None], h_0[None], c_0[None], weights, None, False, None)
-        return h[0], h[0], c[0]
-    return composed_layer(x, h_0, c_0, weights, batch_sizes, batch_first, None)
+        _, h, c, _ = composed_layer(x[None], h_0[None], c_0[None], weights)
+        return LayerOutput(h[0], h[0], c[0], None)
+    return composed_layer(x, h_0, c_0, weights, batch_sizes, modifiers, batch_first, return_cells)
+
+
+# Arguments of `LSTMLayerFunction.forward` before the weights.
+_LEADING = 10
 
 
 class LSTMLayerFunction(torch.autograd.Function):
@@ -162,7 +287,7 @@ class LSTMLayerFunction(torch.autograd.Function):
 
     That is: while δa of some steps is in the cache. Equations as in kernels/cpu/backward.h, those
     of `reference.recurrence_backward` and, over all rows, δx = δa·W_ih, δW_ih = Σ δaᵀ·x,
-    δW_hh = Σ δaᵀ·h_{t−1}, δb = Σ δa, δW_hr = Σ δhᵀ·(o ⊙ tanh(c)). A second derivative goes through
+    δW_hh = Σ δaᵀ·h_{t−1}, δb = Σ δa, δW_hr = Σ δĥᵀ·(o ⊙ tanh(ĉ)). A second derivative goes through
     `composed_layer`.
     """
 
@@ -174,67 +299,90 @@ class LSTMLayerFunction(torch.autograd.Function):
         c_0: Tensor,
         batch_sizes: Tensor | None,
         batch_first: bool,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        cell_clip: float | None,
+        return_cells: bool,
+        directions: int,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """Compute output (not for a cell), h_n and c_n; see `native_layer`."""
+        """Compute output (not for a cell), h_n, c_n and maybe cells; see `native_layer`.
+
+        `flat` are the five weights of each direction, and then its three masks.
+        """
         from fused_lstm.kernels import cpu as kernels
 
-        out = kernels.layer_forward(x, h_0, c_0, _grouped(flat), batch_sizes, batch_first, True)
-        ctx.batch_first = batch_first
-        ctx.save_for_backward(x, h_0, c_0, batch_sizes, out.output, out.c, out.activations, *flat)
+        weights, masks = flat[: 5 * directions], flat[5 * directions :]
+        modifiers = _modifiers(lengths, resets, masks, cell_clip)
+        out = kernels.layer_forward(
+            x,
+            h_0,
+            c_0,
+            _grouped(weights),
+            batch_sizes,
+            batch_first,
+            modifiers,
+            True,
+            return_cells,
+        )
+        ctx.layout = batch_first, cell_clip, return_cells, directions
+        ctx.save_for_backward(
+            x, h_0, c_0, batch_sizes, lengths, resets, out.output, out.c, out.activations, *flat
+        )
         ctx.set_materialize_grads(False)
-        return (out.h_n, out.c_n) if x.dim() == h_0.dim() == 2 else out[:3]
+        if x.dim() == h_0.dim() == 2:
+            return out.h_n, out.c_n
+        return (*out[:3], out.c) if return_cells else out[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the recurrence in reverse, and multiply as it goes."""
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        x, h_0, c_0, batch_sizes, output, c, activations, *flat = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not all(map(_has_memory, grads)):
+        if all(grad is None for grad in grads):
+            return (None,) * len(needed)
+        x, h_0, c_0, batch_sizes, lengths, resets, output, c, activations, *flat = ctx.saved_tensors
+        batch_first, cell_clip, return_cells, directions = ctx.layout
+        flat, masks = flat[: 5 * directions], flat[5 * directions :]
+        modifiers = _modifiers(lengths, resets, masks, cell_clip)
+        rest = (None,) * (_LEADING - 3)
+        no_masks = (None,) * len(masks)
+        wanted = needed[_LEADING : _LEADING + len(flat)]
+        if torch.is_grad_enabled() or not all(map(readable, grads)):
             inputs = (x, h_0, c_0, *flat)
-            needed = (*needed[:3], *needed[5:])
-            result = _differentiable(inputs, batch_sizes, ctx.batch_first, grads, needed)
-            return (*result[:3], None, None, *result[3:])
+            sequence = (batch_sizes, modifiers, batch_first, return_cells)
+            result = _differentiable(inputs, sequence, grads, (*needed[:3], *wanted))
+            return (*result[:3], *rest, *result[3:], *no_masks)
         from fused_lstm.kernels import cpu as kernels
 
-        grad_output = None if len(grads) == 2 else grads[0]
-        weights = _grouped(flat)
+        cell = len(grads) == 2
+        grad_output, grad_h_n, grad_c_n = (None, *grads) if cell else grads[:3]
         gradients = kernels.layer_backward(
             grad_output,
-            *grads[-2:],
+            grad_h_n,
+            grad_c_n,
+            grads[3] if return_cells else None,
             x,
             h_0,
             c_0,
-            weights,
+            _grouped(flat),
             batch_sizes,
-            ctx.batch_first,
+            batch_first,
+            modifiers,
             output,
             c,
             activations,
             needed[0],
-            any(needed[5:]),
+            any(wanted),
         )
         every = [grad for own in gradients.weights for grad in own]
         return (
             gradients.input,
             gradients.h0 if needed[1] else None,
             gradients.c0 if needed[2] else None,
-            None,
-            None,
-            *(grad if need else None for grad, need in zip(every, needed[5:], strict=True)),
+            *rest,
+            *(grad if need else None for grad, need in zip(every, wanted, strict=True)),
+            *no_masks,
         )
-
-
-def _has_memory(grad: Tensor | None) -> bool:
-    """Whether a kernel can read a gradient: not where it stands for a batch of them, or others."""
-    return grad is None or (
-        type(grad) is Tensor
-        and not grad.is_neg()
-        and not torch._C._functorch.is_legacy_batchedtensor(grad)
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _grouped(flat: Sequence[Tensor | None]) -> list[DirectionWeights]:
@@ -245,10 +393,28 @@ def _grouped(flat: Sequence[Tensor | None]) -> list[DirectionWeights]:
     ]
 
 
+def _modifiers(
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    masks: Sequence[Tensor | None],
+    cell_clip: float | None,
+) -> Sequence[Modifiers]:
+    """Modifiers by direction, from the masks of all in one list."""
+    if not masks:
+        return _PLAIN
+    return [
+        Modifiers(lengths, resets, masks[k], masks[k + 1], masks[k + 2], cell_clip)
+        for k in range(0, len(masks), 3)
+    ]
+
+
+# What a layer is told of its sequence: batch_sizes, modifiers, batch_first, return_cells.
+_SequenceArguments = tuple[Tensor | None, Sequence[Modifiers], bool, bool]
+
+
 def _differentiable(
     inputs: tuple[Tensor | None, ...],
-    batch_sizes: Tensor | None,
-    batch_first: bool,
+    sequence: _SequenceArguments,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
@@ -259,13 +425,12 @@ def _differentiable(
     create_graph = torch.is_grad_enabled()
     # Autocast has chosen the dtypes before the layer was called.
     with torch.enable_grad(), autocast_off("cpu"):
-        return _recomputed(inputs, batch_sizes, batch_first, grads, needed, create_graph)
+        return _recomputed(inputs, sequence, grads, needed, create_graph)
 
 
 def _recomputed(
     inputs: tuple[Tensor | None, ...],
-    batch_sizes: Tensor | None,
-    batch_first: bool,
+    sequence: _SequenceArguments,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
     create_graph: bool,
@@ -276,12 +441,14 @@ def _recomputed(
     x, h_0, c_0, *flat = views
     if x is None or h_0 is None or c_0 is None:
         raise AssertionError("only weights may be missing")
-    outputs: tuple[Tensor, ...] = _composed_like_native(
-        x, h_0, c_0, _grouped(flat), batch_sizes, batch_first
-    )
-    if len(grads) == 2:
-        outputs = outputs[1:]
-    given = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    out = _composed_like_native(x, h_0, c_0, _grouped(flat), *sequence)
+    # Of a cell there are only h_n and c_n.
+    outputs = out[1:3] if len(grads) == 2 else out[: len(grads)]
+    given = [
+        (out, grad)
+        for out, grad in zip(outputs, grads, strict=True)
+        if out is not None and grad is not None
+    ]
     wanted = [k for k, need in enumerate(needed) if need]
     gradients = torch.autograd.grad(
         [out for out, _ in given],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,15 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_lstm import functional
 from fused_lstm.backends import check_name
 from fused_lstm.recurrence import transform_under_way
+from fused_lstm.regularization import (
+    NO_REGULARIZATION,
+    Regularization,
+    Zoneout,
+    check_clip,
+    check_probability,
+    check_zoneout,
+)
+from fused_lstm.sequences import Lengths, as_lengths, as_packed_resets, as_resets
 
 __all__ = ["LSTM", "LSTMCell"]
 
@@ -24,7 +34,9 @@ class LSTM(nn.LSTM):
     """A drop-in `torch.nn.LSTM`: same parameters, `state_dict`, results, errors and random numbers.
 
     The equations are those of `fused_lstm.lstm_recurrence`, with gates = x·W_ihᵀ + b_ih + b_hh in
-    each layer (Hochreiter & Schmidhuber 1997; Gers et al. 2000; Sak et al. 2014).
+    each layer (Hochreiter & Schmidhuber 1997; Gers et al. 2000; Sak et al. 2014). What it does
+    beyond torch's layer, here and in `forward`, is off by default. Random masks come from torch's
+    generator of the device.
 
     Args:
         input_size: I, features of the input.
@@ -37,15 +49,34 @@ class LSTM(nn.LSTM):
         proj_size: P, size of a learned projection of h; 0 for none (P = H).
         device: device of the parameters.
         dtype: dtype of the parameters.
-        backend: "triton", "aten" or "reference" to insist on one; None for the fastest that
-            supports the problem (`fused_lstm.explain` tells which).
+        recurrent_dropout: probability in [0, 1) of zeroing a unit of h_{t−1} where it enters W_hh,
+            the others scaled by 1/(1−p), in training: one mask for each layer, direction and
+            sequence, the same at every step (Gal & Ghahramani 2016, arXiv:1512.05287).
+        weight_dropout: probability in [0, 1) of zeroing an element of W_hh, the others scaled by
+            1/(1−p), in training: one mask for each layer and direction at every call (Merity,
+            Keskar & Socher 2018, arXiv:1708.02182).
+        zoneout: probability in [0, 1) that a unit of h and of c keeps its previous value at a
+            step, or a pair (p_h, p_c); in evaluation the expectation, p·previous + (1−p)·new
+            (Krueger et al. 2017, arXiv:1606.01305).
+        forget_bias: initial value of b_ih for the forget gate, with 0 for b_hh there (Gers et al.
+            2000; Jozefowicz et al. 2015); None leaves torch's uniform one.
+        cell_clip: a new cell state is clamped to [−cell_clip, cell_clip] (Sak et al. 2014); None
+            for no bound.
+        backend: "native", "triton", "aten" or "reference" to insist on one; None for the fastest
+            that supports the problem (`fused_lstm.explain` tells which).
 
     Raises:
         TypeError: as `torch.nn.LSTM`; or if backend is neither None nor a string.
-        ValueError: as `torch.nn.LSTM`; or if no backend has that name.
+        ValueError: as `torch.nn.LSTM`; if a probability is not in [0, 1), cell_clip is not above
+            0, forget_bias is given without bias or not finite, or no backend has that name.
     """
 
-    # For modules pickled or built without it.
+    # For modules pickled or built without them.
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    zoneout: Zoneout = 0.0
+    forget_bias: float | None = None
+    cell_clip: float | None = None
     backend: str | None = None
 
     def __init__(
@@ -61,8 +92,15 @@ class LSTM(nn.LSTM):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: Zoneout = 0.0,
+        forget_bias: float | None = None,
+        cell_clip: float | None = None,
         backend: str | None = None,
     ) -> None:
+        # Before torch's constructor, which initializes the parameters.
+        self.__dict__["forget_bias"] = _check_forget_bias(forget_bias, bias)
         super().__init__(
             input_size,
             hidden_size,
@@ -75,7 +113,46 @@ class LSTM(nn.LSTM):
             device=device,
             dtype=dtype,
         )
+        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
+        self.weight_dropout = check_probability("weight_dropout", weight_dropout)
+        check_zoneout(zoneout)
+        self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
+        self.cell_clip = check_clip(cell_clip)
         self.backend = check_name(backend)
+
+    def reset_parameters(self) -> None:
+        """As `torch.nn.LSTM`, and the biases of the forget gates as `forget_bias` says."""
+        super().reset_parameters()
+        if self.forget_bias is None:
+            return
+        forget = slice(self.hidden_size, 2 * self.hidden_size)
+        with torch.no_grad():
+            for name in self._flat_weights_names:
+                if name.startswith("bias_ih"):
+                    getattr(self, name)[forget] = self.forget_bias
+                elif name.startswith("bias_hh"):
+                    getattr(self, name)[forget] = 0
+
+    def _regularization(self) -> Regularization:
+        """What the options of this module are to the functional form."""
+        if not (
+            self.recurrent_dropout
+            or self.weight_dropout
+            or self.zoneout
+            or self.cell_clip is not None
+        ):
+            return NO_REGULARIZATION
+        # Checked again: they may have been set since.
+        return Regularization(
+            check_probability("recurrent_dropout", self.recurrent_dropout),
+            check_probability("weight_dropout", self.weight_dropout),
+            check_zoneout(self.zoneout),
+            check_clip(self.cell_clip),
+        )
+
+    def _normalization(self) -> functional.Normalization | None:
+        """What normalizes the layers: nothing here."""
+        return None
 
     @property
     def _flat_weight_refs(self) -> list[Any]:
@@ -132,29 +209,62 @@ class LSTM(nn.LSTM):
         replica._init_flat_weights()
         return replica
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor | PackedSequence, hx: HiddenState | None = None
-    ) -> tuple[Tensor | PackedSequence, HiddenState]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: HiddenState | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | PackedSequence | None = None,
+        return_cells: bool = False,
+    ) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
             input: [T, B, I] ([B, T, I] with batch_first), [T, I] for one sequence, or a
                 `PackedSequence`; in the dtype of the weights unless autocast is on.
             hx: (h_0 [L·D, B, P], c_0 [L·D, B, H]), without B for one sequence; zeros if None.
+            lengths: [B] integers between 0 and T in any order, a tensor on any device or a list;
+                one integer for one sequence. Steps past a sequence's length change nothing: output
+                and cells are 0 there, h_n and c_n are those of its last step (of hx, for a length
+                of 0), a second direction starts there, and what the input holds (NaN, too) reaches
+                no result and no gradient. As packing, without it.
+            resets: bool [T, B] ([B, T] with batch_first, [T] for one sequence); True where a new
+                episode begins: the state entering that step is zero in every layer, and no gradient
+                flows back from it. For a packed input likewise, in the order of the user's batch,
+                or packed as the input is.
+            return_cells: whether to return the cell states after every step as well.
 
         Returns:
             `(output, (h_n, c_n))`: output as input with D·P features, h_n and c_n as h_0 and c_0.
+            With return_cells `(output, (h_n, c_n), cells)`: cells of the last layer, as output with
+            D·H features.
 
         Raises:
-            ValueError: if input has neither 2 nor 3 dimensions, or not the weights' dtype.
-            RuntimeError: for sizes or devices that do not fit, with torch's text.
+            ValueError: if input has neither 2 nor 3 dimensions, or not the weights' dtype; for
+                lengths that are negative, above T, as many as not B, or given with a packed input;
+                for resets of another shape, or with two directions.
+            TypeError: for lengths that are not integers, or resets that are not bools.
+            RuntimeError: for sizes or devices that do not fit, with torch's text. Lengths out of
+                range on a GPU fail an assertion of the device.
             BackendUnavailableError: if the named backend cannot run the problem.
         """
-        if _is_fx_call(self, LSTM, input, hx):
-            return _as_fx_call(self, input, hx)  # type: ignore[no-any-return]
+        if _is_fx_call(self, LSTM, input, hx, lengths, resets):
+            options = {"lengths": lengths, "resets": resets, "return_cells": return_cells or None}
+            return _as_fx_call(self, input, hx, **options)
+        if resets is not None and self.bidirectional:
+            raise ValueError(
+                "resets: expected None with bidirectional=True, whose second direction runs "
+                "backwards in time and would need to know where episodes end"
+            )
         weights = self._current_weights()
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, weights)
+            if lengths is not None:
+                raise ValueError(
+                    "lengths: expected None with a PackedSequence, which holds its own lengths, "
+                    f"got {lengths}"
+                )
+            return self._forward_packed(input, hx, weights, resets, return_cells)
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -171,27 +281,54 @@ class LSTM(nn.LSTM):
         elif not batched:
             hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         self.check_forward_args(x, hx, None)
-        output, h_n, c_n = self._layers(x, hx, weights, None)
+        if lengths is not None:
+            batch, steps = x.shape[batch_dim], x.shape[1 - batch_dim]
+            lengths = as_lengths(lengths, batch, steps, batched, x)
+        if resets is not None:
+            leading = tuple(input.shape[:-1])
+            resets = as_resets(resets, leading, self.batch_first, x)  # type: ignore[arg-type]
+        output, h_n, c_n, *cells = self._layers(x, hx, weights, None, lengths, resets, return_cells)
         if not batched:
-            return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
-        return output, (h_n, c_n)
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+            cells = [each.squeeze(batch_dim) for each in cells]
+        return output, (h_n, c_n), *cells
 
     def _forward_packed(
-        self, input: PackedSequence, hx: HiddenState | None, weights: list[Tensor]
-    ) -> tuple[PackedSequence, HiddenState]:
+        self,
+        input: PackedSequence,
+        hx: HiddenState | None,
+        weights: list[Tensor],
+        resets: Tensor | PackedSequence | None,
+        return_cells: bool,
+    ) -> Any:
         """Run the layers over packed rows; hx and the results are in the user's order."""
         rows, batch_sizes, sorted_indices, unsorted_indices = input
+        if resets is not None:
+            resets = as_packed_resets(resets, input, self.batch_first)
         if hx is None:
             hx = self._zero_state(rows, batch_sizes[0])
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        output, h_n, c_n = self._layers(rows, hx, weights, batch_sizes)
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self.permute_hidden((h_n, c_n), unsorted_indices)
+        output, h_n, c_n, *cells = self._layers(
+            rows, hx, weights, batch_sizes, None, resets, return_cells
+        )
+
+        def packed(rows: Tensor) -> PackedSequence:
+            return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
+
+        states = self.permute_hidden((h_n, c_n), unsorted_indices)
+        return packed(output), states, *map(packed, cells)
 
     def _layers(
-        self, input: Tensor, hx: HiddenState, weights: list[Tensor], batch_sizes: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        input: Tensor,
+        hx: HiddenState,
+        weights: list[Tensor],
+        batch_sizes: Tensor | None,
+        lengths: Any,
+        resets: Any,
+        return_cells: bool,
+    ) -> tuple[Tensor, ...]:
         return functional.lstm(
             input,
             hx,
@@ -203,6 +340,11 @@ class LSTM(nn.LSTM):
             training=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
+            lengths=lengths,
+            resets=resets,
+            return_cells=return_cells,
+            regularization=self._regularization(),
+            normalization=self._normalization(),
             backend=self.backend,
         )
 
@@ -219,16 +361,25 @@ class LSTM(nn.LSTM):
         return h_0, c_0
 
     def extra_repr(self) -> str:
-        """As `torch.nn.LSTM`, and the backend if one was named."""
+        """As `torch.nn.LSTM`, and the options that are its own where they are not the default."""
         text = super().extra_repr()
-        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+        for name in (*REGULARIZERS, "forget_bias", "backend"):
+            value = getattr(self, name)
+            if value != getattr(LSTM, name):
+                text += f", {name}={value!r}"
+        return text
 
     def to_torch(self) -> nn.LSTM:
         """Return an equal `torch.nn.LSTM` that shares this module's parameters.
 
         A weight that is computed (a parametrization's) is shared as it is now. For tools that
         look for the exact class (`quantize_dynamic`, `torch.jit.script`).
+
+        Raises:
+            ValueError: if `torch.nn.LSTM` cannot compute the same: with zoneout or cell_clip, and
+                in training mode with recurrent_dropout or weight_dropout.
         """
+        check_expressible(self)
         twin = nn.LSTM(
             self.input_size,
             self.hidden_size,
@@ -247,6 +398,8 @@ class LSTM(nn.LSTM):
 
     def __prepare_scriptable__(self) -> nn.LSTM:
         """What `torch.jit.script` compiles, and leaves in the model, in this module's place."""
+        if inexpressible(self):
+            return self
         return _scriptable(self, LSTM, self.to_torch)  # type: ignore[no-any-return]
 
 
@@ -344,28 +497,66 @@ class LSTMCell(nn.LSTMCell):
         return _scriptable(self, LSTMCell, self.to_torch)  # type: ignore[no-any-return]
 
 
-def _is_fx_call(module: nn.Module, cls: type[nn.Module], input: Any, hx: Any) -> bool:
+# Options of a fused LSTM that change what it computes, and that can be given to a finished one.
+REGULARIZERS = ("recurrent_dropout", "weight_dropout", "zoneout", "cell_clip")
+
+
+def inexpressible(module: nn.LSTM) -> list[str]:
+    """List the options that keep a `torch.nn.LSTM` from computing the same as `module` does now."""
+    in_training = ("recurrent_dropout", "weight_dropout")
+    return [
+        f"{name}={value!r}"
+        for name in REGULARIZERS
+        if (value := getattr(module, name, None)) not in (None, 0, (0, 0))
+        and (module.training or name not in in_training)
+    ]
+
+
+def check_expressible(module: nn.LSTM) -> None:
+    """Raise unless a `torch.nn.LSTM` can compute what `module` does in its present mode.
+
+    Raises:
+        ValueError: naming the options in the way.
+    """
+    options = inexpressible(module)
+    if options:
+        mode = "training" if module.training else "evaluation"
+        raise ValueError(f"torch.nn.LSTM has no {' and no '.join(options)} in {mode} mode")
+
+
+def _check_forget_bias(value: Any, bias: bool) -> float | None:
+    """Return `value` if it is None, or a finite number and there are biases."""
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(f"forget_bias: expected None or a finite number, got {value!r}")
+    if not bias:
+        raise ValueError(f"forget_bias: expected None with bias=False, got {value!r}")
+    return float(value)
+
+
+def _is_fx_call(module: nn.Module, cls: type[nn.Module], *arguments: Any) -> bool:
     """Tell whether `torch.fx` is tracing a model that contains `module`.
 
     Not where a subclass has a forward of its own: what that adds is to be traced (and, as with
     torch's layers, cannot be).
     """
-    return _proxy(input, hx) is not None and type(module).forward is cls.forward
+    return _proxy(*arguments) is not None and type(module).forward is cls.forward
 
 
-def _proxy(input: Any, hx: Any) -> torch.fx.Proxy | None:
-    """Return the first argument that `torch.fx` stands in for."""
-    if isinstance(input, torch.fx.Proxy):
-        return input
-    if hx is None:
-        return None
-    states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    return next((state for state in states if isinstance(state, torch.fx.Proxy)), None)
+def _proxy(*arguments: Any) -> torch.fx.Proxy | None:
+    """Return the first argument, or state in a pair of them, that `torch.fx` stands in for."""
+    for argument in arguments:
+        for value in argument if isinstance(argument, (tuple, list)) else (argument,):
+            if isinstance(value, torch.fx.Proxy):
+                return value
+    return None
 
 
-def _as_fx_call(module: nn.Module, input: Any, hx: Any) -> Any:
+def _as_fx_call(module: nn.Module, input: Any, hx: Any, **options: Any) -> Any:
     """Stay one `call_module` node in `torch.fx`, whose tracer enters classes outside torch."""
-    proxy = _proxy(input, hx)
+    proxy = _proxy(input, hx, *options.values())
     assert proxy is not None
     tracer = proxy.tracer
     path = tracer.path_of_module(module)  # type: ignore[attr-defined]
@@ -375,7 +566,8 @@ def _as_fx_call(module: nn.Module, input: Any, hx: Any) -> Any:
             "model that contains it"
         )
     arguments = (input,) if hx is None else (input, hx)
-    return tracer.create_proxy("call_module", path, arguments, {})
+    given = {name: value for name, value in options.items() if value is not None}
+    return tracer.create_proxy("call_module", path, arguments, given)
 
 
 def _scriptable(module: nn.Module, cls: type[nn.Module], twin: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fused_lstm import backends
 from fused_lstm.backends import BackwardArguments, ForwardArguments, Problem
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import KernelFallbackWarning
+from fused_lstm.modifiers import Modifiers, check_length_values
 from fused_lstm.reference import state_dtype
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "lstm_backward",
     "lstm_forward",
     "recurrence_problem",
+    "run_on_backend",
 ]
 
 Result = TypeVar("Result")
@@ -40,7 +42,14 @@ _failed: set[tuple[object, ...]] = set()
 
 def _kernel(backend: str, direction: str, problem: Problem) -> tuple[object, ...]:
     """Name a kernel by all that its code depends on."""
-    return backend, direction, problem.device, problem.dtype, problem.hidden_size
+    return (
+        backend,
+        direction,
+        problem.device,
+        problem.dtype,
+        problem.hidden_size,
+        problem.additions,
+    )
 
 
 def failed_kernels(backend: str, problem: Problem) -> list[str]:
@@ -54,6 +63,7 @@ def recurrence_problem(
     weight_hr: Tensor | None,
     batch: int,
     packed: bool,
+    modifiers: Modifiers,
     train: bool,
 ) -> Problem:
     """Describe one recurrence to the backends."""
@@ -66,6 +76,7 @@ def recurrence_problem(
         proj_size=0 if weight_hr is None else weight_hh.shape[1],
         packed=packed,
         training=train,
+        additions=modifiers.names(),
     )
 
 
@@ -76,7 +87,7 @@ def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _run(
+def run_on_backend(
     direction: str,
     problem: Problem,
     name: str | None,
@@ -118,6 +129,12 @@ def lstm_forward(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    cell_clip: float | None,
     reverse: bool,
     save_activations: bool,
     save_cells: bool,
@@ -132,6 +149,12 @@ def lstm_forward(
         c0: [B, H].
         weight_hr: [P, H] or None.
         batch_sizes: [T] int64 on the CPU, or None.
+        lengths: [B] int64 or None, and so for the other fields of `Modifiers`.
+        resets: [T, B] or [N] bool.
+        recurrent_mask: [B, P].
+        zoneout_h: [T, B, P] or [N, P].
+        zoneout_c: [T, B, H] or [N, H].
+        cell_clip: above 0.
         reverse: whether time runs from T-1 to 0.
         save_activations: whether the activated gates are wanted.
         save_cells: whether the cell states are wanted.
@@ -141,13 +164,30 @@ def lstm_forward(
         h, c, activations, h_n, c_n; see `reference.RecurrenceForward`. What is not saved is an
         empty tensor of shape [0].
     """
+    check_length_values(lengths, gates.shape[0])
+    modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
     problem = recurrence_problem(
-        gates, weight_hh, weight_hr, h0.shape[0], batch_sizes is not None, save_activations
+        gates,
+        weight_hh,
+        weight_hr,
+        h0.shape[0],
+        batch_sizes is not None,
+        modifiers,
+        save_activations,
     )
     arguments = ForwardArguments(
-        gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse, save_activations, save_cells
+        gates,
+        weight_hh,
+        h0,
+        c0,
+        weight_hr,
+        batch_sizes,
+        modifiers,
+        reverse,
+        save_activations,
+        save_cells,
     )
-    out = _run(
+    out = run_on_backend(
         "forward",
         problem,
         backends.requested_name(backend),
@@ -164,6 +204,12 @@ def _(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    cell_clip: float | None,
     reverse: bool,
     save_activations: bool,
     save_cells: bool,
@@ -193,16 +239,29 @@ def lstm_backward(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    cell_clip: float | None,
     reverse: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the recurrence's gradients; see `reference.recurrence_backward` for the equations.
 
     Returns:
-        Gradients of gates, h0 and c0, and with a projection the whole δh (else an empty tensor).
+        Gradients of gates, h0 and c0, and with a projection δĥ of all rows (else an empty tensor).
     """
+    modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
     problem = recurrence_problem(
-        activations, weight_hh, weight_hr, c0.shape[0], batch_sizes is not None, True
+        activations,
+        weight_hh,
+        weight_hr,
+        c0.shape[0],
+        batch_sizes is not None,
+        modifiers,
+        True,
     )
     arguments = BackwardArguments(
         grad_h,
@@ -215,9 +274,10 @@ def lstm_backward(
         c0,
         weight_hr,
         batch_sizes,
+        modifiers,
         reverse,
     )
-    grads = _run("backward", problem, backend, lambda chosen: chosen.backward(arguments))
+    grads = run_on_backend("backward", problem, backend, lambda chosen: chosen.backward(arguments))
     whole = activations.new_empty(0) if grads.h is None else grads.h
     return grads.gates, grads.h0, grads.c0, whole
 
@@ -234,6 +294,12 @@ def _(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    cell_clip: float | None,
     reverse: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -251,10 +317,8 @@ def _(
 # rows stay sorted by length. Mapped weights are different recurrences: they run one after another.
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """[..., B, F] with a mapped dimension, or none yet, to [..., B·V, F]."""
-    if tensor is None:
-        return None
     if dim is None:
         mapped = tensor.unsqueeze(-2).expand(*tensor.shape[:-1], size, tensor.shape[-1])
     else:
@@ -268,17 +332,38 @@ def _unfold(tensor: Tensor, size: int) -> Tensor:
     return tensor.reshape(*leading, rows // size, size, features)
 
 
+def _fold_column(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """[..., B] with a mapped dimension, or none yet, to [..., B·V]."""
+    mapped = (
+        tensor.unsqueeze(-1).expand(*tensor.shape, size)
+        if dim is None
+        else (tensor.movedim(dim, -1))
+    )
+    return mapped.flatten(-2, -1)
+
+
+class _Positions(NamedTuple):
+    """Where an operator's arguments are that a batching rule treats in a way of their own."""
+
+    weights: tuple[int, ...]
+    batch_sizes: int
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """Of lengths and resets, which have no features."""
+        return self.batch_sizes + 1, self.batch_sizes + 2
+
+
 def _vmap_rule(
     operator: Callable[..., tuple[Tensor, ...]],
     info: Any,
     in_dims: tuple[int | None, ...],
     args: tuple[Any, ...],
-    weights: tuple[int, ...],
-    batch_sizes: int,
+    positions: _Positions,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Fold, run and unfold; `weights` and `batch_sizes` are positions among the arguments."""
-    size = info.batch_size
-    if in_dims[batch_sizes] is not None:
+    """Fold, run and unfold."""
+    size, weights = info.batch_size, positions.weights
+    if in_dims[positions.batch_sizes] is not None:
         raise NotImplementedError(
             "vmap over batch_sizes: packed sequences must share their lengths"
         )
@@ -297,11 +382,13 @@ def _vmap_rule(
         )
     folded = list(args)
     for k, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-        if k in weights:
+        if k in weights or arg is None:
             continue
-        if k == batch_sizes:
-            folded[k] = None if arg is None else arg * size
-        elif arg is None or isinstance(arg, Tensor):
+        if k == positions.batch_sizes:
+            folded[k] = arg * size
+        elif k in positions.columns:
+            folded[k] = _fold_column(arg, dim, size)
+        elif isinstance(arg, Tensor):
             folded[k] = _fold(arg, dim, size)
     outputs = operator(*folded)
     # What was not saved is empty, and the same for all.
@@ -313,9 +400,9 @@ def _vmap_rule(
 
 @lstm_forward.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    return _vmap_rule(lstm_forward, info, in_dims, args, weights=(1, 4), batch_sizes=5)
+    return _vmap_rule(lstm_forward, info, in_dims, args, _Positions((1, 4), batch_sizes=5))
 
 
 @lstm_backward.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    return _vmap_rule(lstm_backward, info, in_dims, args, weights=(6, 8), batch_sizes=9)
+    return _vmap_rule(lstm_backward, info, in_dims, args, _Positions((6, 8), batch_sizes=9))

@@ -9,7 +9,7 @@ projection), `N` rows of a packed batch (the sum of `batch_sizes`). Gate order i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_lstm import backends, ops, reference
+from fused_lstm.modifiers import Modifiers, check_modifiers
 from fused_lstm.reference import LSTMOutput, RecurrenceForward, check_batch_sizes
 
 __all__ = [
     "LSTMOutput",
     "LSTMRecurrenceFunction",
     "lstm_recurrence",
+    "product_operand",
+    "readable",
+    "recording_under_way",
+    "sum_of_outer_products",
     "transform_under_way",
 ]
 
@@ -35,6 +40,12 @@ def lstm_recurrence(
     *,
     weight_hr: Tensor | None = None,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    cell_clip: float | None = None,
     reverse: bool = False,
     backend: str | None = None,
 ) -> LSTMOutput:
@@ -46,8 +57,21 @@ def lstm_recurrence(
 
         a_t = gates_t + h_{t−1}·W_hhᵀ
         i, f, o = σ(a_i), σ(a_f), σ(a_o);  g = tanh(a_g)
-        c_t = f ⊙ c_{t−1} + i ⊙ g
-        h_t = o ⊙ tanh(c_t), or (o ⊙ tanh(c_t))·W_hrᵀ
+        ĉ_t = f ⊙ c_{t−1} + i ⊙ g
+        ĥ_t = o ⊙ tanh(ĉ_t), or (o ⊙ tanh(ĉ_t))·W_hrᵀ
+        c_t = ĉ_t,  h_t = ĥ_t
+
+    What may change that, each None where it is not used:
+
+    - `lengths`: steps t ≥ lengths[b] are not computed. They leave the state as it is, their h and
+      c are 0, and what the gates hold there (NaN, too) reaches nothing. `reverse` starts at step
+      lengths[b]−1.
+    - `resets`: where True, h_{t−1} and c_{t−1} are 0, and no gradient goes back.
+    - `recurrent_mask`: h_{t−1} ⊙ recurrent_mask enters the product with W_hh (Gal & Ghahramani
+      2016).
+    - `zoneout_h`, `zoneout_c`: h_t = z_h ⊙ h_{t−1} + (1 − z_h) ⊙ ĥ_t and
+      c_t = z_c ⊙ c_{t−1} + (1 − z_c) ⊙ ĉ_t (Krueger et al. 2017).
+    - `cell_clip`: ĉ_t is clamped to [−cell_clip, cell_clip].
 
     Sums and the cell state are kept in float32 (float64 for float64 gates); h is rounded once, when
     it is stored. Differentiable any number of times in reverse and forward mode, and under `vmap`.
@@ -61,6 +85,14 @@ def lstm_recurrence(
         weight_hr: [P, H] in the dtype of gates, projection; None for P = H.
         batch_sizes: [T] int64 on the CPU, rows active at each step, as in `PackedSequence`; None
             for [T, B, 4H] gates.
+        lengths: [B] int64 on the device of gates, 0 ≤ length ≤ T in any order; not with
+            batch_sizes. A value out of range raises, on a GPU as a failed assertion of the device.
+        resets: [T, B] or [N] bool, any strides.
+        recurrent_mask: [B, P] in the dtype of gates; not differentiated, and so for the next two.
+        zoneout_h: [T, B, P] or [N, P] between 0 and 1, in the dtype of gates or float32, any
+            strides: 0 and 1 where units keep their state or do not, or a probability.
+        zoneout_c: [T, B, H] or [N, H], likewise.
+        cell_clip: above 0.
         reverse: whether time runs backwards; outputs stay in the order of the input.
         backend: "native", "triton" or "reference"; None for the default choice.
 
@@ -68,13 +100,24 @@ def lstm_recurrence(
         LSTMOutput(h, c, h_n, c_n), see there for shapes and dtypes.
 
     Raises:
-        TypeError: if a tensor's dtype is not that of gates, or gates is not floating-point.
-        ValueError: if a shape does not fit, T is 0, or the backend is unknown.
+        TypeError: if a tensor's dtype is not as said above, or gates is not floating-point.
+        ValueError: if a shape or value does not fit, T is 0, lengths come with batch_sizes, a mask
+            requires a gradient, or the backend is unknown.
         BackendUnavailableError: if the named backend cannot run the problem.
     """
     backends.check_name(backend)
+    modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
     return recurrence(
-        gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse, backend, save_cells=True
+        gates,
+        weight_hh,
+        h0,
+        c0,
+        weight_hr,
+        batch_sizes,
+        modifiers,
+        reverse,
+        backend,
+        save_cells=True,
     )
 
 
@@ -85,13 +128,14 @@ def recurrence(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    modifiers: Modifiers,
     reverse: bool,
     backend: str | None,
     *,
     save_cells: bool,
 ) -> LSTMOutput:
     """`lstm_recurrence`, whose c may be empty unless `save_cells`."""
-    _check(gates, weight_hh, h0, c0, weight_hr, batch_sizes)
+    _check(gates, weight_hh, h0, c0, weight_hr, batch_sizes, modifiers)
     transform = transform_under_way()
     # A recorded program may be differentiated later, whatever holds while it is recorded.
     compiling = transform == "compile"
@@ -109,7 +153,7 @@ def recurrence(
             )
         )
     )
-    arguments = (gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse)
+    arguments = (gates, weight_hh, h0, c0, weight_hr, batch_sizes, *modifiers, reverse)
     if differentiated and not (compiling or recorded):
         outputs = LSTMRecurrenceFunction.apply(*arguments, backend)  # type: ignore[no-untyped-call]
     else:
@@ -132,6 +176,34 @@ def transform_under_way() -> str:
     return ""
 
 
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def recording_under_way(tensors: Iterable[Tensor | None]) -> str:
+    """Name what wants to see PyTorch's operators: "trace", "modes" or "" for nothing.
+
+    Modes are of `torch.utils._python_dispatch` (fake tensors, counters, `make_fx`); subclasses of
+    Tensor count as one, because they may have no memory of their own, and so do lazy negations.
+    """
+    if torch._C._is_tracing():
+        return "trace"
+    if torch._C._len_torch_dispatch_stack() or any(
+        t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg()) for t in tensors
+    ):
+        return "modes"
+    return ""
+
+
+def readable(grad: Tensor | None) -> bool:
+    """Whether a kernel can read a gradient: not where it stands for a batch of them, or others."""
+    return grad is None or (
+        type(grad) is Tensor
+        and not grad.is_neg()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def _check(
     gates: Tensor,
     weight_hh: Tensor,
@@ -139,6 +211,7 @@ def _check(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    modifiers: Modifiers,
 ) -> None:
     """Raise what `lstm_recurrence` says it raises."""
     dims = 3 if batch_sizes is None else 2
@@ -171,29 +244,32 @@ def _check(
             raise TypeError(f"{name}: expected {gates.dtype} like gates, got {tensor.dtype}")
         if tensor.device != gates.device:
             raise ValueError(f"{name}: expected device {gates.device}, got {tensor.device}")
+    if any(modifier is not None for modifier in modifiers):
+        leading = tuple(gates.shape[:-1])
+        check_modifiers(modifiers, leading, batch, features, hidden, gates.dtype, gates.device)
 
 
-def _packed_hidden_before(h: Tensor, h0: Tensor, counts: Tensor, reverse: bool) -> Tensor:
-    """Gather h_{t−1} for every packed row: [N, P] from h [N, P], h0 [B, P], batch_sizes [T].
-
-    Row (t, b) follows row (t', b) of the step computed before, or h0[b] where t' has no row b.
-    """
-    starts = counts.cumsum(0) - counts
-    total, batch = h.shape[0], h0.shape[0]
-    step = torch.repeat_interleave(torch.arange(counts.shape[0]), counts, output_size=total)
-    column = torch.arange(total) - starts[step]
-    before = step + 1 if reverse else step - 1
-    exists = (before >= 0) & (before < counts.shape[0])
-    before = before.clamp(0, counts.shape[0] - 1)
-    source = torch.where(
-        exists & (column < counts[before]), batch + starts[before] + column, column
-    )
-    return torch.cat([h0, h]).index_select(0, source.to(h.device, non_blocking=True))
-
-
-def _sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
+def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ over all rows of left ᵀ·right: [..., X], [..., Y] to [X, Y], in one GEMM."""
     return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+
+
+def product_operand(
+    h: Tensor,
+    h0: Tensor,
+    batch_sizes: Tensor | None,
+    modifiers: Modifiers,
+    reverse: bool,
+) -> Tensor:
+    """What was multiplied with W_hh in every row: h_{t−1} [T, B, P] or [N, P], masked."""
+    before = reference.states_before(h, h0, batch_sizes, modifiers, reverse)
+    mask = modifiers.recurrent_mask
+    if mask is None:
+        return before
+    if batch_sizes is not None:
+        column = reference.packed_positions(batch_sizes, h.shape[0])[1]
+        mask = mask.index_select(0, column.to(mask.device, non_blocking=True))
+    return before * mask
 
 
 def _weight_gradients(
@@ -201,38 +277,49 @@ def _weight_gradients(
     grad_gates: Tensor,
     whole_grad_h: Tensor,
     h0: Tensor,
+    c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    modifiers: Modifiers,
     h: Tensor,
     c: Tensor,
     activations: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight_hh, Σ_t δa_tᵀ·h_{t−1}, and weight_hr, Σ_t δh_tᵀ·(o_t ⊙ tanh(c_t))."""
+    """Gradients of weight_hh, Σ_t δa_tᵀ·h_{t−1}, and weight_hr, Σ_t δĥ_tᵀ·(o_t ⊙ tanh(ĉ_t))."""
     grad_weight_hh = grad_weight_hr = None
     if ctx.needs_input_grad[1]:
-        if batch_sizes is None:
+        plain = modifiers.lengths is modifiers.resets is modifiers.recurrent_mask is None
+        if batch_sizes is None and plain:
             first, later = (-1, slice(None, -1)) if ctx.reverse else (0, slice(1, None))
             before = h[1:] if ctx.reverse else h[:-1]
             grad_weight_hh = torch.addmm(
-                _sum_of_outer_products(grad_gates[later], before), grad_gates[first].t(), h0
+                sum_of_outer_products(grad_gates[later], before), grad_gates[first].t(), h0
             )
         else:
-            before = _packed_hidden_before(h, h0, batch_sizes, ctx.reverse)
-            grad_weight_hh = _sum_of_outer_products(grad_gates, before)
+            operand = product_operand(h, h0, batch_sizes, modifiers, ctx.reverse)
+            grad_weight_hh = sum_of_outer_products(grad_gates, operand)
     if weight_hr is not None and ctx.needs_input_grad[4]:
-        output_gate = activations.chunk(4, -1)[3]
-        cell_output = (output_gate * c.tanh()).to(h.dtype)
-        grad_weight_hr = _sum_of_outer_products(whole_grad_h, cell_output)
+        c = reference.new_cells(activations, c, c0, batch_sizes, modifiers, ctx.reverse)
+        cell_output = (activations.chunk(4, -1)[3] * c.tanh()).to(h.dtype)
+        grad_weight_hr = sum_of_outer_products(whole_grad_h, cell_output)
     return grad_weight_hh, grad_weight_hr
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save what the derivatives need; `inputs` are those of `LSTMRecurrenceFunction.forward`."""
-    _, weight_hh, h0, c0, weight_hr, batch_sizes, ctx.reverse = inputs[:7]
+    weights_to_masks = inputs[1:_CELL_CLIP]
+    ctx.cell_clip, ctx.reverse = inputs[_CELL_CLIP : _CELL_CLIP + 2]
     ctx.backend = inputs[-1]
-    h, c, activations, _, _ = output
-    saved = (weight_hh, h0, c0, weight_hr, batch_sizes, h, c, activations)
-    ctx.save_for_backward(*saved)
+    ctx.save_for_backward(*weights_to_masks, *output[:3])
+
+
+def _saved(ctx: Any) -> tuple[list[Any], Modifiers, tuple[Tensor, Tensor, Tensor]]:
+    """What `_setup_context` saved: weight_hh … batch_sizes, modifiers; h, c and activations."""
+    *inputs, lengths, resets, recurrent_mask, zoneout_h, zoneout_c, h, c, activations = (
+        ctx.saved_tensors
+    )
+    modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, ctx.cell_clip)
+    return inputs, modifiers, (h, c, activations)
 
 
 def _backward(
@@ -245,7 +332,7 @@ def _backward(
         gradient: runs the recurrence in reverse: `ops.lstm_backward`, or its differentiable form.
         grads: the leading arguments of `gradient`, the incoming gradients.
     """
-    weight_hh, h0, c0, weight_hr, batch_sizes, h, c, activations = ctx.saved_tensors
+    (weight_hh, h0, c0, weight_hr, batch_sizes), modifiers, (h, c, activations) = _saved(ctx)
     with ops.autocast_off(activations.device.type):
         grad_gates, grad_h0, grad_c0, whole_grad_h = gradient(
             *grads,
@@ -255,13 +342,28 @@ def _backward(
             c0,
             weight_hr,
             batch_sizes,
+            *modifiers,
             ctx.reverse,
             ctx.backend,
         )
         grad_weight_hh, grad_weight_hr = _weight_gradients(
-            ctx, grad_gates, whole_grad_h, h0, weight_hr, batch_sizes, h, c, activations
+            ctx,
+            grad_gates,
+            whole_grad_h,
+            h0,
+            c0,
+            weight_hr,
+            batch_sizes,
+            modifiers,
+            h,
+            c,
+            activations,
         )
     return grad_gates, grad_weight_hh, grad_h0, grad_c0, grad_weight_hr
+
+
+# Where cell_clip is among the arguments of the forward Function, behind all tensors.
+_CELL_CLIP = 11
 
 
 class LSTMRecurrenceFunction(torch.autograd.Function):
@@ -283,12 +385,29 @@ class LSTMRecurrenceFunction(torch.autograd.Function):
         c0: Tensor,
         weight_hr: Tensor | None,
         batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        recurrent_mask: Tensor | None,
+        zoneout_h: Tensor | None,
+        zoneout_c: Tensor | None,
+        cell_clip: float | None,
         reverse: bool,
         backend: str | None,
     ) -> tuple[Tensor, ...]:
         """Compute h, c, activations, h_n and c_n; see `reference.recurrence_forward`."""
+        modifiers = (lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
         outputs: tuple[Tensor, ...] = ops.lstm_forward(
-            gates, weight_hh, h0, c0, weight_hr, batch_sizes, reverse, True, True, backend
+            gates,
+            weight_hh,
+            h0,
+            c0,
+            weight_hr,
+            batch_sizes,
+            *modifiers,
+            reverse,
+            True,
+            True,
+            backend,
         )
         return outputs
 
@@ -296,25 +415,35 @@ class LSTMRecurrenceFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Save tensors for `backward` and `jvp`."""
         _setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[1:6], *output[:3])
+        ctx.save_for_forward(*inputs[1:_CELL_CLIP], *output[:3])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the recurrence in reverse for δgates; all else is one GEMM after the loop."""
         if all(grad is None for grad in grads):
-            return (None,) * 8
-        return (*_backward(ctx, LSTMRecurrenceBackwardFunction.apply, grads), None, None, None)
+            return (None,) * 14
+        gradients = _backward(ctx, LSTMRecurrenceBackwardFunction.apply, grads)
+        return (*gradients, *(None,) * 9)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         """Push tangents forward; see `reference.recurrence_jvp`."""
-        weight_hh, h0, c0, weight_hr, batch_sizes, h, c, activations = ctx.saved_tensors
+        inputs, modifiers, (h, c, activations) = _saved(ctx)
         # h_n and c_n enter no tangent: any tensor may stand for them.
         primals = RecurrenceForward(h, c, activations, h, c)
         with ops.autocast_off(h.device.type):
+            weight_hh, h0, c0, weight_hr, batch_sizes = inputs
             return reference.recurrence_jvp(
-                primals, weight_hh, h0, c0, weight_hr, batch_sizes, ctx.reverse, *tangents[:5]
+                primals,
+                weight_hh,
+                h0,
+                c0,
+                weight_hr,
+                batch_sizes,
+                modifiers,
+                ctx.reverse,
+                *tangents[:5],
             )
 
 
@@ -339,25 +468,32 @@ class LSTMRecurrenceBackwardFunction(torch.autograd.Function):
         c0: Tensor,
         weight_hr: Tensor | None,
         batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        recurrent_mask: Tensor | None,
+        zoneout_h: Tensor | None,
+        zoneout_c: Tensor | None,
+        cell_clip: float | None,
         reverse: bool,
         backend: str | None,
     ) -> tuple[Tensor, ...]:
-        """Compute the gradients of gates, h0 and c0, and the whole δh (empty if not needed)."""
-        saved = (activations, c, weight_hh, c0, weight_hr, batch_sizes, reverse)
+        """Compute the gradients of gates, h0 and c0, and δĥ of all rows (empty if not needed)."""
+        modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
+        saved = (activations, c, weight_hh, c0, weight_hr, batch_sizes)
         if grad_activations is None:
             outputs: tuple[Tensor, ...] = ops.lstm_backward(
-                grad_h, grad_c, grad_h_n, grad_c_n, *saved, backend
+                grad_h, grad_c, grad_h_n, grad_c_n, *saved, *modifiers, reverse, backend
             )
             return outputs
         grad_gates, grad_h0, grad_c0, whole = reference.recurrence_backward(
-            grad_h, grad_c, grad_activations, grad_h_n, grad_c_n, *saved
+            grad_h, grad_c, grad_activations, grad_h_n, grad_c_n, *saved, modifiers, reverse
         )
         return grad_gates, grad_h0, grad_c0, activations.new_empty(0) if whole is None else whole
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Save every tensor argument."""
-        *tensors, ctx.reverse, _ = inputs
+        *tensors, ctx.cell_clip, ctx.reverse, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.has_projection = inputs[9] is not None
@@ -367,15 +503,17 @@ class LSTMRecurrenceBackwardFunction(torch.autograd.Function):
         ctx: Any,
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[int], list[Tensor]]:
         """Return the gradient in plain PyTorch, which of its arguments are given, and these."""
-        tensors = list(ctx.saved_tensors)
-        batch_sizes = tensors.pop()
+        *tensors, batch_sizes, lengths, resets, recurrent_mask, zoneout_h, zoneout_c = (
+            ctx.saved_tensors
+        )
+        modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, ctx.cell_clip)
         given = [k for k, tensor in enumerate(tensors) if tensor is not None]
 
         def gradient(*arguments: Tensor) -> tuple[Tensor, ...]:
             every: list[Any] = [None] * len(tensors)
             for k, argument in zip(given, arguments, strict=True):
                 every[k] = argument
-            every += [batch_sizes, ctx.reverse]
+            every += [batch_sizes, modifiers, ctx.reverse]
             results = reference.recurrence_backward(*every)
             return tuple(result for result in results if result is not None)
 
@@ -385,7 +523,7 @@ class LSTMRecurrenceBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiate the plain PyTorch form in reverse mode."""
         gradient, given, tensors = LSTMRecurrenceBackwardFunction._as_function_of_tensors(ctx)
-        result: list[Tensor | None] = [None] * 13
+        result: list[Tensor | None] = [None] * 19
         with ops.autocast_off(tensors[0].device.type):
             vjp = torch.func.vjp(gradient, *tensors)[1]
             wanted = grads if ctx.has_projection else grads[:3]
@@ -414,11 +552,7 @@ def _operator_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     grad_h, grad_c, _, grad_h_n, grad_c_n = grads
     return (
         *_backward(ctx, ops.lstm_backward, (grad_h, grad_c, grad_h_n, grad_c_n)),
-        None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 11,
     )
 
 

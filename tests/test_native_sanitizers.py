@@ -20,6 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "kernels" / "cpu" / "lstm.cpp"
 # What is run on the sanitized build.
 KERNEL_TESTS = ROOT / "tests" / "kernels" / "test_native.py"
+# Of the modifiers only what reaches every line of the kernels, and goes to their ends.
+MODIFIER_TESTS = ROOT / "tests" / "kernels" / "test_native_modifiers.py"
+MODIFIER_TEST_NAMES = (
+    "test_all_together",
+    "test_all_together_in_a_packed_batch",
+    "test_many_threads_and_few_long_sequences",
+    "test_layer",
+    "test_outputs_of_any_stride_and_nothing_beside_them",
+)
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
 
 pytestmark = [
@@ -126,8 +135,9 @@ sys.exit(status)
 """
     # A report is written to the file descriptor just before the end: pytest must leave it alone.
     options = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "--timeout=0", "--capture=sys"]
+    modifier_tests = [f"{MODIFIER_TESTS}::{name}" for name in MODIFIER_TEST_NAMES]
     result = subprocess.run(
-        [sys.executable, "-c", script, KERNEL_TESTS, *options],
+        [sys.executable, "-c", script, KERNEL_TESTS, *modifier_tests, *options],
         env={**environment, "FUSED_LSTM_NATIVE_LIBRARY": str(library)},
         cwd=ROOT,
         capture_output=True,

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fused_lstm
 from fused_lstm import lstm_recurrence, reference
+from fused_lstm.modifiers import NO_MODIFIERS
 
 T, B, H, P = 5, 4, 3, 2
 BATCH_SIZES = torch.tensor([4, 4, 3, 1, 1])
@@ -238,18 +239,19 @@ def test_operators_pass_opcheck(projected: bool, packed: bool, reverse: bool) ->
         torch.library.opcheck(
             torch.ops.fused_lstm.lstm_forward.default,
             ([t if t is None or save else t.detach() for t in tensors])
-            + [sizes, reverse, save, True, None],
+            + [sizes, *NO_MODIFIERS, reverse, save, True, None],
         )
     with torch.no_grad():
         h, c, activations, h_n, c_n = torch.ops.fused_lstm.lstm_forward(
-            *tensors, sizes, reverse, True, True, None
+            *tensors, sizes, *NO_MODIFIERS, reverse, True, True, None
         )
     weight_hh, c0, weight_hr = (
         t if t is None else t.detach() for t in (*tensors[1:2], *tensors[3:])
     )
+    saved = (activations, c, weight_hh, c0, weight_hr, sizes)
     torch.library.opcheck(
         torch.ops.fused_lstm.lstm_backward.default,
-        (h, c, h_n, c_n, activations, c, weight_hh, c0, weight_hr, sizes, reverse, None),
+        (h, c, h_n, c_n, *saved, *NO_MODIFIERS, reverse, None),
     )
 
 

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from fused_lstm.devices import DeviceDescription
+from fused_lstm.layer_norm_reference import LayerNorm, LayerNormForward, LayerNormGradients
+from fused_lstm.modifiers import Modifiers
 from fused_lstm.reference import RecurrenceForward
 
 __all__ = [
     "Backend",
     "BackwardArguments",
     "ForwardArguments",
+    "LayerNormBackwardArguments",
+    "LayerNormForwardArguments",
     "Problem",
     "RecurrenceGradients",
     "Support",
@@ -38,6 +42,8 @@ class Problem(NamedTuple):
         transform: what is under way: "vmap" (any `torch.func` transform), "jvp" (forward-mode AD),
             "trace" (`torch.jit.trace`), "modes" (dispatch modes and tensor subclasses), or "".
         cell: whether it is one step of an `LSTMCell`.
+        additions: what is asked for beyond `torch.nn.LSTM`: names of arguments of
+            `fused_lstm.LSTM` for whole layers, of `Modifiers` for one recurrence.
     """
 
     device: DeviceDescription
@@ -52,6 +58,7 @@ class Problem(NamedTuple):
     whole_layers: bool = False
     transform: str = ""
     cell: bool = False
+    additions: tuple[str, ...] = ()
 
 
 class Support(NamedTuple):
@@ -79,6 +86,7 @@ class ForwardArguments(NamedTuple):
         c0: [B, H].
         weight_hr: [P, H], or None for P = H.
         batch_sizes: [T] int64 on the CPU for packed rows, else None.
+        modifiers: see `fused_lstm.lstm_recurrence`.
         reverse: whether time runs from T-1 to 0.
         save_activations: whether the activated gates are wanted.
         save_cells: whether the cell states are wanted.
@@ -90,6 +98,7 @@ class ForwardArguments(NamedTuple):
     c0: Tensor
     weight_hr: Tensor | None
     batch_sizes: Tensor | None
+    modifiers: Modifiers
     reverse: bool
     save_activations: bool
     save_cells: bool
@@ -109,6 +118,7 @@ class BackwardArguments(NamedTuple):
         c0: [B, H].
         weight_hr: [P, H] or None.
         batch_sizes: [T] or None.
+        modifiers: as in the forward pass.
         reverse: whether time ran from T-1 to 0.
     """
 
@@ -122,6 +132,7 @@ class BackwardArguments(NamedTuple):
     c0: Tensor
     weight_hr: Tensor | None
     batch_sizes: Tensor | None
+    modifiers: Modifiers
     reverse: bool
 
 
@@ -132,13 +143,59 @@ class RecurrenceGradients(NamedTuple):
         gates: like gates.
         h0: [B, P].
         c0: [B, H].
-        h: the whole δh, like h, where there is a projection; else None.
+        h: δĥ of all rows, like h, where there is a projection; else None.
     """
 
     gates: Tensor
     h0: Tensor
     c0: Tensor
     h: Tensor | None
+
+
+class LayerNormForwardArguments(NamedTuple):
+    """One layer-normalized recurrence to compute; see `ForwardArguments`.
+
+    Attributes:
+        norm: gains, bias and eps, in the dtype of the gates.
+        save: whether activations, normalized and rstd are wanted; c always is.
+    """
+
+    gates: Tensor
+    weight_hh: Tensor
+    h0: Tensor
+    c0: Tensor
+    weight_hr: Tensor | None
+    batch_sizes: Tensor | None
+    modifiers: Modifiers
+    reverse: bool
+    norm: LayerNorm
+    save: bool
+
+
+class LayerNormBackwardArguments(NamedTuple):
+    """One layer-normalized recurrence to differentiate; see `BackwardArguments`.
+
+    Attributes:
+        normalized: what the forward pass saved, as activations and c.
+        rstd: likewise.
+        norm: as in the forward pass.
+    """
+
+    grad_h: Tensor | None
+    grad_c: Tensor | None
+    grad_h_n: Tensor | None
+    grad_c_n: Tensor | None
+    activations: Tensor
+    c: Tensor
+    normalized: Tensor
+    rstd: Tensor
+    weight_hh: Tensor
+    c0: Tensor
+    weight_hr: Tensor | None
+    batch_sizes: Tensor | None
+    modifiers: Modifiers
+    reverse: bool
+    norm: LayerNorm
 
 
 class Backend:
@@ -156,4 +213,12 @@ class Backend:
 
     def backward(self, arguments: BackwardArguments) -> RecurrenceGradients:
         """Compute the recurrence's gradients; see `reference.recurrence_backward`."""
+        raise NotImplementedError
+
+    def layer_norm_forward(self, arguments: LayerNormForwardArguments) -> LayerNormForward:
+        """Compute a layer-normalized recurrence, where "layer_norm" is supported."""
+        raise NotImplementedError
+
+    def layer_norm_backward(self, arguments: LayerNormBackwardArguments) -> LayerNormGradients:
+        """Compute its gradients; see `layer_norm_reference.layer_norm_backward`."""
         raise NotImplementedError

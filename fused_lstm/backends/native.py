@@ -15,6 +15,7 @@ from fused_lstm.backends.base import (
     RecurrenceGradients,
     Support,
 )
+from fused_lstm.modifiers import Modifiers
 from fused_lstm.reference import RecurrenceForward, check_batch_sizes
 
 __all__ = ["NativeBackend", "widened"]
@@ -33,6 +34,8 @@ class NativeBackend(Backend):
             return Support(False, f"it runs on CPUs, not on a {problem.device.type} device")
         if problem.dtype not in _DTYPES:
             return Support(False, f"{problem.dtype} is not one of float32, float64, bfloat16")
+        if "layer_norm" in problem.additions:
+            return Support(False, "the kernels have no layer normalization")
         from fused_lstm.kernels import cpu as kernels
 
         try:
@@ -82,9 +85,9 @@ def _why_pytorchs_own(problem: Problem) -> str:
     """
     if not problem.whole_layers:
         return ""
-    if problem.transform in ("trace", "modes"):
+    if problem.transform in ("trace", "modes") and not problem.additions:
         return "a recording holds PyTorch's operator instead"
-    if problem.transform:
+    if problem.transform or problem.additions:
         return ""
     if problem.packed or problem.proj_size:
         # PyTorch leaves oneDNN here, and is slower everywhere.
@@ -112,7 +115,9 @@ def _check_rows(batch_sizes: torch.Tensor | None, rows: torch.Tensor, state: tor
 
 
 def widened(argument: Any) -> Any:
-    """The argument, in float32 if it is a tensor in bfloat16."""
+    """The argument, in float32 if it is a tensor in bfloat16, or what it holds of such."""
     if isinstance(argument, torch.Tensor) and argument.dtype == torch.bfloat16:
         return argument.float()
+    if isinstance(argument, Modifiers):
+        return Modifiers(*map(widened, argument))
     return argument

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from fused_lstm import reference
+from fused_lstm import layer_norm_reference, reference
 from fused_lstm.backends.base import (
     Backend,
     BackwardArguments,
     ForwardArguments,
+    LayerNormBackwardArguments,
+    LayerNormForwardArguments,
     Problem,
     RecurrenceGradients,
     Support,
 )
+from fused_lstm.layer_norm_reference import LayerNormForward, LayerNormGradients
 from fused_lstm.reference import RecurrenceForward
 
 __all__ = ["ReferenceBackend"]
@@ -44,3 +47,13 @@ class ReferenceBackend(Backend):
         return RecurrenceGradients(
             *reference.recurrence_backward(**arguments._asdict(), grad_activations=None)
         )
+
+    @override
+    def layer_norm_forward(self, arguments: LayerNormForwardArguments) -> LayerNormForward:
+        inputs = arguments._asdict()
+        del inputs["save"]
+        return layer_norm_reference.layer_norm_forward(**inputs)
+
+    @override
+    def layer_norm_backward(self, arguments: LayerNormBackwardArguments) -> LayerNormGradients:
+        return layer_norm_reference.layer_norm_backward(*arguments)

@@ -39,6 +39,8 @@ class TritonBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         if problem.dtype not in _DTYPES:
             return Support(False, f"{problem.dtype} is not one of float32, float16, bfloat16")
+        if "layer_norm" in problem.additions:
+            return Support(False, "the kernels have no layer normalization")
         if problem.proj_size:
             return Support(False, f"proj_size={problem.proj_size}: the kernels have no projection")
         interpreted = problem.device.type == "cpu" and "TRITON_INTERPRET" in os.environ
@@ -68,6 +70,7 @@ class TritonBackend(Backend):
         options = arguments._asdict()
         # `supports` refuses problems with a projection.
         del options["weight_hr"]
+        options |= options.pop("modifiers")._asdict()
         return RecurrenceForward(
             *kernels.lstm_forward(**options, input_precision=_input_precision())
         )
@@ -78,6 +81,7 @@ class TritonBackend(Backend):
 
         options = arguments._asdict()
         del options["weight_hr"]
+        options |= options.pop("modifiers")._asdict()
         grad_gates, grad_h0, grad_c0 = kernels.lstm_backward(
             **options, input_precision=_input_precision()
         )

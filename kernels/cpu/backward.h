@@ -8,9 +8,19 @@
 //   δa_i = δc_t ⊙ g ⊙ i(1 - i)      δa_f = δc_t ⊙ c_{t-1} ⊙ f(1 - f)
 //   δa_g = δc_t ⊙ i ⊙ (1 - g²)      δa_o = δm_t ⊙ tanh(c_t) ⊙ o(1 - o)
 //
-// and from them, for every chunk of steps while its δa are in the cache,
+// With modifiers, in the names of forward.h: ĉ_t stands for c_t, h' ⊙ recurrent_mask and c' for
+// h_{t-1} and c_{t-1}, and
 //
-//   δx = δa·W_ih,  δW_ih += δaᵀ·x,  δW_hh += δaᵀ·h_{t-1},  δb += Σ δa,  δW_hr += δhᵀ·m
+//   δh_t = grad_h_t + recurrent_mask ⊙ (δa_{t+1}·W_hh) + z_h_{t+1} ⊙ δh_{t+1}
+//   δĥ_t = (1 - z_h_t) ⊙ δh_t       δm_t = δĥ_t, or δĥ_t·W_hr
+//   δc_t = grad_c_t + δĉ_{t+1} ⊙ f_{t+1} + z_c_{t+1} ⊙ δc_{t+1}
+//   δĉ_t = (1 - z_c_t) ⊙ δc_t + δm_t ⊙ o ⊙ (1 - tanh²(ĉ_t)), or 0 unless |ĉ_t| < cell_clip
+//
+// where nothing comes from t+1 if that step is a reset. Where c was zoned out, ĉ is computed again.
+//
+// And from them, for every chunk of steps while its δa are in the cache,
+//
+//   δx = δa·W_ih,  δW_ih += δaᵀ·x,  δW_hh += δaᵀ·h_{t-1},  δb += Σ δa,  δW_hr += δĥᵀ·m
 //
 // Groups of rows never wait for each other: each sums the gradients of the weights over its own
 // rows, and all add them up at the end. Within a group, members own panels of hidden units in the
@@ -26,9 +36,9 @@ template <class Real>
 struct ChunkBuffers {
   Real *packed_x, *packed_h, *packed_m;
   Real *transposed;    // δaᵀ as [tiles][rows][TILE_ROWS]
-  Real *transposed_h;  // δhᵀ, where there is a projection
+  Real *transposed_h;  // δĥᵀ, where there is a projection
   Real *gates[2];      // δa, also of the chunk before, where grad_gates is not given
-  Real *whole_h[2];    // likewise δh, where there is a projection and whole_grad_h is not given
+  Real *whole_h[2];    // likewise δĥ, where there is a projection and whole_grad_h is not given
 };
 
 // Sums over the rows of a group; null where they are not wanted.
@@ -40,7 +50,8 @@ struct WeightGradients {
 template <class Real>
 struct BackwardPlan {
   const LstmBackward *arguments;
-  Timeline timeline;
+  const Timeline *timelines;  // one for each group of rows
+  Modifiers<Real> modifiers;
   Sequence<Real> activations, c, x, h, grad_h, grad_c, grad_gates, whole_grad_h, grad_x;
   State<Real> h0, c0, grad_h_n, grad_c_n;
   LstmState grad_h0, grad_c0;
@@ -51,7 +62,9 @@ struct BackwardPlan {
   Panels input_panels;       // W_ih [4H, I]
   Panels x_panels, h_panels, m_panels;  // x [rows, I], h_{t-1} [rows, P], m [rows, H] of a chunk
   Real *packed_hh, *packed_hr, *packed_ih;
-  Real *grad_m;  // [B, H], with a projection
+  Real *grad_m;    // [B, H], with a projection
+  Real *zoned_h;   // [B, P], z_h ⊙ δh of the step after, where h is zoned out
+  Real *masked_h;  // [members][P], a row of h' ⊙ recurrent_mask, where that is given
   ChunkBuffers<Real> *chunks;      // one for each group of rows
   WeightGradients<Real> *weights;  // one for each group of rows; the first is the output
   Barrier *barriers;               // one for each group of rows, and one for all
@@ -65,8 +78,9 @@ class BackwardMember : Member {
 
  public:
   BackwardMember(const Plan &plan, const Split &split, int64_t member)
-      : Member(split, member, plan.timeline.batch, plan.barriers),
+      : Member(split, member, plan.barriers),
         plan_(plan),
+        timeline_(plan.timelines[row_group_]),
         buffers_(plan.chunks[row_group_]),
         weights_(plan.weights[row_group_]),
         mine_(share(plan.hidden_panels.count())),
@@ -75,21 +89,20 @@ class BackwardMember : Member {
   void run() {
     pack_weights();
     start();
+    if (plan_.arguments->modifiers.lengths) clear_idle();
     meet_all();
     const bool products = weights_.ih || weights_.hh || weights_.bias || weights_.hr ||
                           plan_.grad_x.data;
-    const Timeline &timeline = plan_.timeline;
     bool first = true;
     int64_t parity = 0;
-    // Steps without a row of this group, at the end of packed sequences, are none of its work.
-    int64_t first_step = 0, last_step = timeline.steps;
-    while (!active(first_step)) ++first_step;
-    while (!active(last_step - 1)) --last_step;
+    // Steps without a row of this group, where its sequences are short, are none of its work.
+    int64_t first_step = 0, last_step = timeline_.steps;
+    while (first_step < last_step && !timeline_.active(first_step)) ++first_step;
+    while (first_step < last_step && !timeline_.active(last_step - 1)) --last_step;
     for (int64_t end = last_step; end > first_step; parity ^= 1) {
       int64_t begin = end - 1;
-      int64_t rows = active(begin);
-      while (begin > first_step && rows + active(begin - 1) <= kChunkRows) rows += active(--begin);
-      const Chunk chunk = {begin, end, rows, parity};
+      while (begin > first_step && timeline_.active(begin - 1, end) <= kChunkRows) --begin;
+      const Chunk chunk = {begin, end, timeline_.active(begin, end), parity};
       for (int64_t k = end - 1; k >= begin; --k) step(k, chunk);
       if (products) {
         pack_chunk(chunk);
@@ -100,7 +113,11 @@ class BackwardMember : Member {
       previous_ = chunk;
       end = begin;
     }
-    initial_hidden(first_step, rows_.begin, rows_.begin + active(first_step), previous_, 0);
+    if (first) {
+      clear_weights();
+    } else {
+      initial_hidden(first_step, {0, timeline_.active(first_step)}, previous_, 0);
+    }
     if (split_.row_groups > 1) {
       meet_all();
       add_up_weights();
@@ -114,28 +131,19 @@ class BackwardMember : Member {
   };
 
   const Plan &plan_;
+  const Timeline timeline_;
   const ChunkBuffers<Real> &buffers_;
   const WeightGradients<Real> &weights_;
   const Share mine_, own_cells_;
   Chunk previous_{0, 0, 0, 0};
 
-  // Rows of the group that are active at step k; they begin with rows_.begin.
-  int64_t active(int64_t k) const {
-    return max(0, min(plan_.timeline.active(k), rows_.end) - rows_.begin);
-  }
   int64_t gate_width() const { return 4 * plan_.hidden; }
 
-  int64_t rows_before(const Chunk &chunk, int64_t k) const {
-    if (!plan_.timeline.batch_sizes) return (k - chunk.begin) * (rows_.end - rows_.begin);
-    int64_t rows = 0;
-    for (int64_t j = chunk.begin; j < k; ++j) rows += active(j);
-    return rows;
-  }
-  // Row b of step k of a chunk, in a buffer of the chunk or in the output.
+  // A row of step k of a chunk, in a buffer of the chunk or in the output.
   Real *row_of(const Sequence<Real> &output, Real *const (&buffers)[2], int64_t width,
-               const Chunk &chunk, int64_t before, int64_t k, int64_t b) const {
-    if (output.data) return output.at(plan_.timeline.time(k), b);
-    return buffers[chunk.parity] + (before + b - rows_.begin) * width;
+               const Chunk &chunk, int64_t before, int64_t k, int64_t place) const {
+    if (output.data) return output.at(timeline_.time(k), timeline_.row(place));
+    return buffers[chunk.parity] + (before + place) * width;
   }
 
   void pack_weights() {
@@ -155,32 +163,44 @@ class BackwardMember : Member {
     }
   }
 
-  // δc starts as grad_c_n, in grad_c0, where it stays.
+  // δc starts as grad_c_n, in grad_c0, where it stays. So does δh of sequences without a step.
   void start() {
-    const Share mine = share(rows_.end - rows_.begin);
-    for (int64_t row = rows_.begin + mine.begin; row < rows_.begin + mine.end; ++row) {
+    const int64_t begun = max(timeline_.active(0), timeline_.active(timeline_.steps - 1));
+    const Share mine = share(timeline_.count);
+    for (int64_t place = mine.begin; place < mine.end; ++place) {
+      const int64_t row = timeline_.row(place);
       __builtin_memcpy(cell_gradient(row), plan_.grad_c_n.at(row), plan_.hidden * sizeof(Real));
+      if (place < begun) continue;
+      __builtin_memcpy(hidden_gradient(row), plan_.grad_h_n.at(row),
+                       plan_.features * sizeof(Real));
     }
   }
   Real *cell_gradient(int64_t row) const {
     return static_cast<Real *>(plan_.grad_c0.data) + row * plan_.grad_c0.stride_b;
   }
+  Real *hidden_gradient(int64_t row) const {
+    return static_cast<Real *>(plan_.grad_h0.data) + row * plan_.grad_h0.stride_b;
+  }
+
+  void clear_idle() const {
+    timeline_.for_each_idle(unit_group_, split_.unit_groups, [&](int64_t t, int64_t row) {
+      plan_.grad_gates.clear(t, row, gate_width());
+      plan_.whole_grad_h.clear(t, row, plan_.features);
+      plan_.grad_x.clear(t, row, plan_.inputs);
+    });
+  }
 
   void step(int64_t k, const Chunk &chunk) {
-    const Timeline &timeline = plan_.timeline;
-    const int64_t active = timeline.active(k), lasting = timeline.lasting(k);
-    const int64_t before = rows_before(chunk, k);
+    const int64_t active = timeline_.active(k), lasting = timeline_.lasting(k);
+    const int64_t before = timeline_.active(chunk.begin, k);
     const bool same = k + 1 < chunk.end;
     const Chunk &next = same ? chunk : previous_;
-    const int64_t next_before = same ? before + this->active(k) : 0;
+    const int64_t next_before = same ? before + active : 0;
     // Rows that begin with the step after this one get the gradient of their initial state.
-    if (k + 1 < timeline.steps && timeline.active(k + 1) > active) {
-      initial_hidden(k + 1, max(rows_.begin, active), min(rows_.end, timeline.active(k + 1)), next,
-                     next_before);
+    if (k + 1 < timeline_.steps && timeline_.active(k + 1) > active) {
+      initial_hidden(k + 1, {active, timeline_.active(k + 1)}, next, next_before);
     }
-    const Share going = {rows_.begin, max(rows_.begin, min(rows_.end, lasting))};
-    const Share ending = {max(rows_.begin, lasting), max(max(rows_.begin, lasting),
-                                                         min(rows_.end, active))};
+    const Share going = {0, lasting}, ending = {lasting, active};
     for (int64_t p = mine_.begin; p < mine_.end; ++p) {
       switch (plan_.hidden_panels.columns(p)) {
         case 4:
@@ -195,8 +215,7 @@ class BackwardMember : Member {
     }
     if (plan_.projected) {
       meet();
-      cells_behind_projection(k, {rows_.begin, max(rows_.begin, min(rows_.end, active))}, chunk,
-                              before);
+      cells_behind_projection(k, {0, active}, chunk, before);
     }
     meet();
   }
@@ -205,21 +224,22 @@ class BackwardMember : Member {
   template <int COLUMNS>
   void hidden_panel(int64_t k, int64_t p, Share going, Share ending, const Chunk &chunk,
                     int64_t before, const Chunk &next, int64_t next_before) {
-    for_each_tile(going, [&](int64_t row, int64_t count) {
+    for_each_tile(going, [&](int64_t place, int64_t count) {
       with_rows(count, [&](auto height) {
-        this->template hidden_tile<height(), COLUMNS>(k, row, p, true, chunk, before, next,
+        this->template hidden_tile<height(), COLUMNS>(k, place, p, true, chunk, before, next,
                                                       next_before);
       });
     });
-    for (int64_t row = ending.begin; row < ending.end; ++row) {
-      hidden_tile<1, COLUMNS>(k, row, p, false, chunk, before, next, next_before);
+    for (int64_t place = ending.begin; place < ending.end; ++place) {
+      hidden_tile<1, COLUMNS>(k, place, p, false, chunk, before, next, next_before);
     }
   }
 
   template <int ROWS, int COLUMNS>
-  NOINLINE void hidden_tile(int64_t k, int64_t row, int64_t p, bool going, const Chunk &chunk,
-                   int64_t before, const Chunk &next, int64_t next_before) {
-    const int64_t t = plan_.timeline.time(k);
+  NOINLINE void hidden_tile(int64_t k, int64_t place, int64_t p, bool going, const Chunk &chunk,
+                            int64_t before, const Chunk &next, int64_t next_before) {
+    const Sequence<const Real> &zoneout = plan_.modifiers.zoneout_h;
+    const int64_t t = timeline_.time(k);
     const int64_t first = plan_.hidden_panels.first_column(p);
     const int64_t filled = plan_.hidden_panels.filled(p);
     Vector sum[ROWS][COLUMNS] = {};
@@ -227,47 +247,65 @@ class BackwardMember : Member {
       const Real *rows[ROWS];
       _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
         rows[q] = row_of(plan_.grad_gates, buffers_.gates, gate_width(), next, next_before, k + 1,
-                         row + q);
+                         place + q);
       }
       accumulate<Real, ROWS, COLUMNS>(sum, rows, plan_.packed_hh + plan_.hidden_panels.offset(p),
                                       gate_width());
     }
     _Pragma("GCC unroll 1") for (int q = 0; q < ROWS; ++q) {
-      const int64_t r = row + q;
+      const int64_t r = timeline_.row(place + q);
       _Pragma("GCC unroll 1") for (int z = 0; z < COLUMNS; ++z) {
         const int64_t unit = first + z * S::kWidth, count = filled - z * S::kWidth;
         if (count <= 0) break;
-        Vector grad = sum[q][z];
+        Vector grad = going ? handed_on(sum[q][z], k + 1, r, unit, count)
+                            : S::load(plan_.grad_h_n.at(r) + unit, count);
         if (plan_.grad_h.data) grad += S::load(plan_.grad_h.at(t, r) + unit, count);
-        if (!going) grad += S::load(plan_.grad_h_n.at(r) + unit, count);
+        if (zoneout.data) {
+          const Vector kept = S::load(zoneout.at(t, r) + unit, count);
+          S::store(plan_.zoned_h + r * plan_.features + unit, kept * grad, count);
+          grad *= Real(1) - kept;
+        }
         if (plan_.projected) {
-          S::store(row_of(plan_.whole_grad_h, buffers_.whole_h, plan_.features, chunk, before, k, r) +
+          S::store(row_of(plan_.whole_grad_h, buffers_.whole_h, plan_.features, chunk, before, k,
+                          place + q) +
                        unit,
                    grad, count);
         } else {
-          cell(k, r, unit, count, grad, chunk, before);
+          cell(k, place + q, unit, count, grad, chunk, before);
         }
       }
     }
   }
 
-  // δm = δh·W_hr, then δa.
+  // What step k hands on of δh to the step before it, or to h0, from one vector of its δa·W_hh.
+  INLINE_MEMBER Vector handed_on(Vector product, int64_t k, int64_t row, int64_t unit,
+                                 int64_t count) const {
+    const Modifiers<Real> &modifiers = plan_.modifiers;
+    if (modifiers.reset(timeline_.time(k), row)) return Vector{};
+    if (modifiers.recurrent_mask.data) {
+      product *= S::load(modifiers.recurrent_mask.at(row) + unit, count);
+    }
+    if (plan_.zoned_h) product += S::load(plan_.zoned_h + row * plan_.features + unit, count);
+    return product;
+  }
+
+  // δm = δĥ·W_hr, then δa.
   void cells_behind_projection(int64_t k, Share rows, const Chunk &chunk, int64_t before) {
     const Panels &panels = plan_.projection_panels;
     for (int64_t p = own_cells_.begin; p < own_cells_.end; ++p) {
       const int64_t first = panels.first_column(p), filled = panels.filled(p);
-      for_each_tile(rows, [&](int64_t row, int64_t count) {
+      for_each_tile(rows, [&](int64_t place, int64_t count) {
         const Real *in[TILE_ROWS];
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
           in[q] = row_of(plan_.whole_grad_h, buffers_.whole_h, plan_.features, chunk, before, k,
-                         row + q);
-          out[q] = plan_.grad_m + (row + q) * plan_.hidden + first;
+                         place + q);
+          out[q] = plan_.grad_m + timeline_.row(place + q) * plan_.hidden + first;
         }
         product<Real>(count, in, panels, p, plan_.packed_hr, out, false);
         for (int64_t q = 0; q < count; ++q) {
           for (int64_t unit = 0; unit < filled; unit += S::kWidth) {
-            cell(k, row + q, first + unit, filled - unit, S::load(out[q] + unit, filled - unit),
+            cell(k, place + q, first + unit, filled - unit, S::load(out[q] + unit, filled - unit),
                  chunk, before);
           }
         }
@@ -276,72 +314,101 @@ class BackwardMember : Member {
   }
 
   // δc and δa of one vector of hidden units.
-  INLINE_MEMBER void cell(int64_t k, int64_t row, int64_t unit, int64_t count, Vector grad_m,
+  INLINE_MEMBER void cell(int64_t k, int64_t place, int64_t unit, int64_t count, Vector grad_m,
                           const Chunk &chunk, int64_t before) {
-    const int64_t t = plan_.timeline.time(k), hidden = plan_.hidden;
+    const Modifiers<Real> &modifiers = plan_.modifiers;
+    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
     const Real *activations = plan_.activations.at(t, row) + unit;
     const Vector i = S::load(activations, count), f = S::load(activations + hidden, count);
     const Vector g = S::load(activations + 2 * hidden, count);
     const Vector o = S::load(activations + 3 * hidden, count);
-    const Vector c = S::load(plan_.c.at(t, row) + unit, count);
-    const Real *earlier = row < plan_.timeline.continuing(k)
-                              ? plan_.c.at(plan_.timeline.time(k - 1), row)
-                              : plan_.c0.at(row);
-    const Vector squashed = S::tanh(c);
+    const Vector earlier =
+        S::load(modifiers.before(plan_.c, plan_.c0, timeline_, k, place) + unit, count);
     Real *carried = cell_gradient(row) + unit;
-    Vector grad_c = S::load(carried, count) + grad_m * o * (Real(1) - squashed * squashed);
+    Vector grad_c = S::load(carried, count), zoned{};
     if (plan_.grad_c.data) grad_c += S::load(plan_.grad_c.at(t, row) + unit, count);
-    S::store(carried, grad_c * f, count);
+    if (modifiers.zoneout_c.data) {
+      const Vector kept = S::load(modifiers.zoneout_c.at(t, row) + unit, count);
+      zoned = kept * grad_c;
+      grad_c *= Real(1) - kept;
+    }
+    const Vector c = fresh_cell(k, place, unit, count), squashed = S::tanh(c);
+    grad_c += grad_m * o * (Real(1) - squashed * squashed);
+    if (modifiers.clips) {
+      const Vector size = c < Vector{} ? -c : c, limit = S::broadcast(modifiers.cell_clip);
+      grad_c = size < limit ? grad_c : Vector{};
+    }
+    const bool reset = modifiers.reset(t, row);
+    S::store(carried, reset ? Vector{} : grad_c * f + zoned, count);
     Real *out =
-        row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, row) + unit;
+        row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place) + unit;
     S::store(out, grad_c * g * i * (Real(1) - i), count);
-    S::store(out + hidden, grad_c * S::load(earlier + unit, count) * f * (Real(1) - f), count);
+    S::store(out + hidden, grad_c * earlier * f * (Real(1) - f), count);
     S::store(out + 2 * hidden, grad_c * i * (Real(1) - g * g), count);
     S::store(out + 3 * hidden, grad_m * squashed * o * (Real(1) - o), count);
   }
 
-  // grad_h0 = δa·W_hh of rows that begin at step k.
-  void initial_hidden(int64_t k, int64_t begin, int64_t end, const Chunk &chunk, int64_t before) {
-    if (begin >= end) return;
+  // One vector of ĉ, which is computed again where c was zoned out.
+  INLINE_MEMBER Vector fresh_cell(int64_t k, int64_t place, int64_t unit, int64_t count) const {
+    const Modifiers<Real> &modifiers = plan_.modifiers;
+    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
+    if (!modifiers.zoneout_c.data) return S::load(plan_.c.at(t, row) + unit, count);
+    const Real *activations = plan_.activations.at(t, row) + unit;
+    const Real *earlier = modifiers.before(plan_.c, plan_.c0, timeline_, k, place) + unit;
+    const Vector i = S::load(activations, count), f = S::load(activations + hidden, count);
+    const Vector g = S::load(activations + 2 * hidden, count);
+    const Vector c = f * S::load(earlier, count) + i * g;
+    return modifiers.clips ? S::clamp(c, modifiers.cell_clip) : c;
+  }
+
+  // grad_h0 of rows that begin at step k.
+  void initial_hidden(int64_t k, Share rows, const Chunk &chunk, int64_t before) {
+    const Panels &panels = plan_.hidden_panels;
     for (int64_t p = mine_.begin; p < mine_.end; ++p) {
-      for_each_tile({begin, end}, [&](int64_t row, int64_t count) {
+      const int64_t first = panels.first_column(p), filled = panels.filled(p);
+      for_each_tile(rows, [&](int64_t place, int64_t count) {
         const Real *in[TILE_ROWS];
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
-          in[q] = row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, row + q);
-          out[q] = static_cast<Real *>(plan_.grad_h0.data) +
-                   (row + q) * plan_.grad_h0.stride_b + plan_.hidden_panels.first_column(p);
+          in[q] =
+              row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place + q);
+          out[q] = hidden_gradient(timeline_.row(place + q)) + first;
         }
-        product<Real>(count, in, plan_.hidden_panels, p, plan_.packed_hh, out, false);
+        product<Real>(count, in, panels, p, plan_.packed_hh, out, false);
+        for (int64_t q = 0; q < count; ++q) {
+          const int64_t row = timeline_.row(place + q);
+          for (int64_t unit = 0; unit < filled; unit += S::kWidth) {
+            const Vector grad = S::load(out[q] + unit, filled - unit);
+            S::store(out[q] + unit, handed_on(grad, k, row, first + unit, filled - unit),
+                     filled - unit);
+          }
+        }
       });
     }
   }
 
-  // Call each(row of the chunk, k, b) for the rows begin ... end-1 of a chunk.
+  // Call each(row of the chunk, k, place) for the rows begin ... end-1 of a chunk.
   template <class Each>
   INLINE_MEMBER void for_each_row(const Chunk &chunk, Share rows, Each each) const {
     int64_t first = 0;
     for (int64_t k = chunk.begin; k < chunk.end; ++k) {
-      const int64_t count = active(k);
+      const int64_t count = timeline_.active(k);
       const int64_t begin = max(rows.begin, first), end = min(rows.end, first + count);
-      for (int64_t row = begin; row < end; ++row) each(row, k, rows_.begin + row - first);
+      for (int64_t row = begin; row < end; ++row) each(row, k, row - first);
       first += count;
     }
   }
 
-  // Lay out what the products of a chunk read: x, h_{t-1} and m as panels, δa (and δh) transposed.
+  // Lay out what the products of a chunk read: x, h_{t-1} and m as panels, δa (and δĥ) transposed.
   void pack_chunk(const Chunk &chunk) {
     if (weights_.ih) {
-      pack_rows(chunk, plan_.x_panels, buffers_.packed_x, [&](int64_t k, int64_t b) {
-        return plan_.x.at(plan_.timeline.time(k), b);
+      pack_rows(chunk, plan_.x_panels, buffers_.packed_x, [&](int64_t k, int64_t place) {
+        return plan_.x.at(timeline_.time(k), timeline_.row(place));
       });
     }
     if (weights_.hh) {
-      pack_rows(chunk, plan_.h_panels, buffers_.packed_h, [&](int64_t k, int64_t b) {
-        return b < plan_.timeline.continuing(k)
-                   ? const_cast<const Real *>(plan_.h.at(plan_.timeline.time(k - 1), b))
-                   : plan_.h0.at(b);
-      });
+      pack_rows(chunk, plan_.h_panels, buffers_.packed_h,
+                [&](int64_t k, int64_t place) { return recurrent_row(k, place); });
     }
     if (weights_.hr) pack_cell_outputs(chunk);
     if (weights_.ih || weights_.hh) {
@@ -353,27 +420,39 @@ class BackwardMember : Member {
     }
   }
 
+  // The row that entered W_hh at step k.
+  const Real *recurrent_row(int64_t k, int64_t place) const {
+    const Real *h = plan_.modifiers.before(plan_.h, plan_.h0, timeline_, k, place);
+    if (!plan_.masked_h) return h;
+    const Real *mask = plan_.modifiers.recurrent_mask.at(timeline_.row(place));
+    Real *out = plan_.masked_h + member_ * plan_.features;
+    for (int64_t unit = 0; unit < plan_.features; unit += S::kWidth) {
+      const int64_t count = plan_.features - unit;
+      S::store(out + unit, S::load(h + unit, count) * S::load(mask + unit, count), count);
+    }
+    return out;
+  }
+
   template <class Row>
   INLINE_MEMBER void pack_rows(const Chunk &chunk, Panels panels, Real *packed, Row row_at) {
     panels.depth = chunk.rows;
     const Share rows = share(chunk.rows);
-    for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t b) {
-      const Real *in = row_at(k, b);
+    for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t place) {
+      const Real *in = row_at(k, place);
       for (int64_t p = 0; p < panels.count(); ++p) {
         pack_row(panels, p, in, packed_row(packed, panels, p, row));
       }
     });
   }
 
-  // m = o ⊙ tanh(c), as panels.
+  // m = o ⊙ tanh(ĉ), as panels.
   void pack_cell_outputs(const Chunk &chunk) {
     Panels panels = plan_.m_panels;
     panels.depth = chunk.rows;
     const Share rows = share(chunk.rows);
-    for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t b) {
-      const int64_t t = plan_.timeline.time(k);
-      const Real *output_gate = plan_.activations.at(t, b) + 3 * plan_.hidden;
-      const Real *c = plan_.c.at(t, b);
+    for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t place) {
+      const Real *output_gate =
+          plan_.activations.at(timeline_.time(k), timeline_.row(place)) + 3 * plan_.hidden;
       for (int64_t p = 0; p < panels.count(); ++p) {
         const int64_t columns = panels.columns(p), filled = panels.filled(p);
         const int64_t first = panels.first_column(p);
@@ -381,7 +460,7 @@ class BackwardMember : Member {
         for (int64_t z = 0; z < columns; ++z) {
           const int64_t unit = z * S::kWidth, count = filled - unit;
           S::store(out + unit, S::load(output_gate + first + unit, count) *
-                                   S::tanh(S::load(c + first + unit, count)));
+                                   S::tanh(fresh_cell(k, place, first + unit, count)));
         }
       }
     });
@@ -397,9 +476,9 @@ class BackwardMember : Member {
     const int64_t pitch = chunk.rows * TILE_ROWS + kPadding;
     int64_t row = 0;
     for (int64_t k = chunk.begin; k < chunk.end; ++k) {
-      const int64_t before = row, end = row + active(k);
-      for (int64_t b = rows_.begin; row < end; ++b, ++row) {
-        const Real *in = row_of(output, buffers, width, chunk, before, k, b);
+      const int64_t before = row, end = row + timeline_.active(k);
+      for (int64_t place = 0; row < end; ++place, ++row) {
+        const Real *in = row_of(output, buffers, width, chunk, before, k, place);
         Real *out = transposed + tiles.begin * pitch + row * TILE_ROWS;
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, out += pitch) {
           const int64_t first = tile * TILE_ROWS;
@@ -464,11 +543,11 @@ class BackwardMember : Member {
       Vector sum{};
       int64_t before = 0;
       for (int64_t k = chunk.begin; k < chunk.end; ++k) {
-        const int64_t rows = active(k);
+        const int64_t rows = timeline_.active(k);
         Vector step{};
-        for (int64_t b = rows_.begin; b < rows_.begin + rows; ++b) {
+        for (int64_t place = 0; place < rows; ++place) {
           const Real *in =
-              row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, b);
+              row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place);
           step += S::load(in + column, count);
         }
         sum += step;
@@ -477,6 +556,18 @@ class BackwardMember : Member {
       if (!first) sum += S::load(weights_.bias + column, count);
       S::store(weights_.bias + column, sum, count);
     }
+  }
+
+  // The sums of a group none of whose sequences has a step.
+  void clear_weights() {
+    clear(weights_.ih, gate_width() * plan_.inputs);
+    clear(weights_.hh, gate_width() * plan_.features);
+    clear(weights_.bias, gate_width());
+    clear(weights_.hr, plan_.features * plan_.hidden);
+  }
+  void clear(Real *sum, int64_t count) {
+    const Share mine = share(count);
+    if (sum) __builtin_memset(sum + mine.begin, 0, (mine.end - mine.begin) * sizeof(Real));
   }
 
   // The sums of all groups, into those of the first.
@@ -509,11 +600,10 @@ class BackwardMember : Member {
     Real *out[kGroup];
     for (int64_t begin = rows.begin; begin < rows.end; begin += kGroup) {
       const int64_t end = min(begin + kGroup, rows.end);
-      for_each_row(chunk, {begin, end}, [&](int64_t row, int64_t k, int64_t b) {
-        in[row - begin] =
-            row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk,
-                                row - (b - rows_.begin), k, b);
-        out[row - begin] = plan_.grad_x.at(plan_.timeline.time(k), b);
+      for_each_row(chunk, {begin, end}, [&](int64_t row, int64_t k, int64_t place) {
+        in[row - begin] = row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, row - place,
+                                 k, place);
+        out[row - begin] = plan_.grad_x.at(timeline_.time(k), timeline_.row(place));
       });
       for (int64_t p = 0; p < panels.count(); ++p) {
         for_each_tile({0, end - begin}, [&](int64_t row, int64_t count) {

@@ -5,6 +5,14 @@
 //   c_t = f ⊙ c_{t-1} + i ⊙ g
 //   h_t = o ⊙ tanh(c_t), or (o ⊙ tanh(c_t))·W_hrᵀ
 //
+// With modifiers, where each is given; h' and c' are h_{t-1} and c_{t-1} or, at a reset, zeros:
+//
+//   a_t = gates_t + (h' ⊙ recurrent_mask)·W_hhᵀ
+//   ĉ_t = clamp(f ⊙ c' + i ⊙ g, -cell_clip, cell_clip)
+//   ĥ_t = o ⊙ tanh(ĉ_t), or (o ⊙ tanh(ĉ_t))·W_hrᵀ
+//   c_t = z_c ⊙ c' + (1 - z_c) ⊙ ĉ_t         z_c = zoneout_c_t
+//   h_t = z_h ⊙ h' + (1 - z_h) ⊙ ĥ_t         z_h = zoneout_h_t
+//
 // A block is one vector of hidden units. A tile computes the four gates of one block for a few
 // sequences in registers, from x and then h, and turns them into c and h without leaving them.
 // Members of a team own rows (sequences) and blocks; they meet after every step, unless each owns
@@ -14,8 +22,11 @@
 template <class Real>
 struct ForwardPlan {
   const LstmForward *arguments;
-  Timeline timeline;
-  Sequence<Real> gates, x, h, c, activations;
+  const Timeline *timelines;  // one for each group of rows
+  Modifiers<Real> modifiers;
+  Sequence<Real> gates, x, h;
+  Sequence<Real> c;           // c_n at every step where it is not kept
+  Sequence<Real> activations;
   State<Real> h0, c0;
   LstmState h_n, c_n;
   int64_t inputs, hidden, features;
@@ -27,6 +38,7 @@ struct ForwardPlan {
   Real *bias;             // likewise [..][4][lanes]
   Real *projection_panels;
   Real *cell_output;      // [B, H], o ⊙ tanh(c) of one step, where there is a projection
+  Real *masked;           // [2][B, P], h ⊙ recurrent_mask of two steps, where that is given
   Real *staged;           // x·W_ihᵀ + b of several steps, where x does not enter with h
   Barrier *barriers;      // one per group of rows, and one for all
 };
@@ -47,11 +59,12 @@ class ForwardMember : Member {
 
  public:
   ForwardMember(const Plan &plan, const Split &split, int64_t member)
-      : Member(split, member, plan.timeline.batch, plan.barriers),
+      : Member(split, member, plan.barriers),
         plan_(plan),
+        timeline_(plan.timelines[row_group_]),
         blocks_(share(divide_up(plan.hidden, S::kWidth))) {
     const int64_t blocks = divide_up(plan.hidden, S::kWidth);
-    const int64_t rows = rows_.end - rows_.begin;
+    const int64_t rows = timeline_.count;
     const int64_t read = (blocks_.end - blocks_.begin) * depth() * kTile * int64_t(sizeof(Real));
     const bool fused = rows >= kFusedRows && (read <= kCachedWeights || rows >= kStagedRows ||
                                               plan.packs_late);
@@ -60,19 +73,17 @@ class ForwardMember : Member {
   }
 
   void run() {
-    const Timeline &timeline = plan_.timeline;
     if (plan_.panels && !plan_.packs_late) {
       const Share mine = share_of_all(divide_up(plan_.hidden, S::kWidth));
       for (int64_t block = mine.begin; block < mine.end; ++block) pack(block);
     }
     pack_projection();
+    if (plan_.masked) mask_initial();
+    if (plan_.arguments->modifiers.lengths) clear_idle();
     meet_all();
-    const int64_t own = rows_.end - rows_.begin;
-    const int64_t chunk = source_ == kStaged ? max(1, kStagedRows / max(1, own)) : timeline.steps;
-    for (int64_t begin = 0; begin < timeline.steps; begin += chunk) {
-      const int64_t end = min(begin + chunk, timeline.steps);
-      if (source_ == kStaged) stage(begin, end);
-      for (int64_t k = begin; k < end; ++k) step(k, (k - begin) * own);
+    for (int64_t begin = 0, end; begin < timeline_.steps; begin = end) {
+      end = source_ == kStaged ? stage(begin) : timeline_.steps;
+      for (int64_t k = begin; k < end; ++k) step(k, timeline_.active(begin, k));
     }
     finish();
   }
@@ -82,6 +93,7 @@ class ForwardMember : Member {
   static constexpr int64_t kTile = 4 * S::kWidth;
 
   const Plan &plan_;
+  const Timeline timeline_;
   const Share blocks_;
   Source source_;
   Real *stage_;
@@ -92,9 +104,6 @@ class ForwardMember : Member {
   }
   Real *bias(int64_t block) const {
     return plan_.bias + (plan_.packs_late ? member_ : block) * kTile;
-  }
-  Share active_rows(int64_t k) const {
-    return {rows_.begin, max(rows_.begin, min(rows_.end, plan_.timeline.active(k)))};
   }
 
   // Lay out the weights of a block, its four gates side by side.
@@ -142,21 +151,21 @@ class ForwardMember : Member {
     }
   }
 
-  // gates = x·W_ihᵀ + b for the steps begin ... end-1 of this member's rows and blocks, as
-  // [block][row][4][lanes].
-  void stage(int64_t begin, int64_t end) {
-    const int64_t own = rows_.end - rows_.begin;
+  // gates = x·W_ihᵀ + b for some steps of this member's rows and blocks, as [block][row][4][lanes].
+  // Returns the step behind them.
+  int64_t stage(int64_t begin) {
+    int64_t end = begin + 1;
+    while (end < timeline_.steps && timeline_.active(begin, end + 1) <= kStagedRows) ++end;
     const Panels panels{plan_.inputs, kTile, S::kWidth, 4};
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       Real *out = stage_ + (block - blocks_.begin) * kStagedRows * kTile;
-      for_each_tile({0, (end - begin) * own}, [&](int64_t first, int64_t count) {
+      int64_t k = begin, place = 0;
+      for_each_tile({0, timeline_.active(begin, end)}, [&](int64_t first, int64_t count) {
         const Real *rows[TILE_ROWS];
         Real *outs[TILE_ROWS];
-        for (int64_t q = 0; q < count; ++q) {
-          const int64_t k = begin + (first + q) / own, row = rows_.begin + (first + q) % own;
-          // A row that is not active at that step is computed from another one, and not used.
-          const int64_t exists = min(row, plan_.timeline.active(k) - 1);
-          rows[q] = plan_.x.at(plan_.timeline.time(k), exists);
+        for (int64_t q = 0; q < count; ++q, ++place) {
+          for (; place == timeline_.active(k); ++k) place = 0;
+          rows[q] = plan_.x.at(timeline_.time(k), timeline_.row(place));
           outs[q] = out + (first + q) * kTile;
           for (int gate = 0; gate < 4; ++gate) {
             S::store(outs[q] + gate * S::kWidth, S::load(bias(block) + gate * S::kWidth));
@@ -165,47 +174,77 @@ class ForwardMember : Member {
         product<Real>(count, rows, panels, 0, panel(block), outs, true);
       });
     }
+    return end;
+  }
+
+  // What enters W_hh with a recurrent mask: of step k, while step k+1 makes its own. Until a row
+  // begins, both hold its initial state.
+  Real *masked(int64_t k, int64_t row) const {
+    return plan_.masked + ((k & 1) * plan_.arguments->batch + row) * plan_.features;
+  }
+  void mask_initial() {
+    const Share mine = share(timeline_.count);
+    for (int64_t place = mine.begin; place < mine.end; ++place) {
+      const int64_t row = timeline_.row(place);
+      const Real *h = plan_.h0.at(row), *mask = plan_.modifiers.recurrent_mask.at(row);
+      for (int64_t unit = 0; unit < plan_.features; unit += S::kWidth) {
+        const int64_t count = plan_.features - unit;
+        const Vector product = S::load(h + unit, count) * S::load(mask + unit, count);
+        for (int k = 0; k < 2; ++k) S::store(masked(k, row) + unit, product, count);
+      }
+    }
+  }
+
+  void clear_idle() const {
+    const bool kept = plan_.arguments->c.data;
+    timeline_.for_each_idle(unit_group_, split_.unit_groups, [&](int64_t t, int64_t row) {
+      plan_.h.clear(t, row, plan_.features);
+      if (kept) plan_.c.clear(t, row, plan_.hidden);
+      plan_.activations.clear(t, row, 4 * plan_.hidden);
+    });
   }
 
   void step(int64_t k, int64_t staged_row) {
-    const Share rows = active_rows(k);
+    const int64_t active = timeline_.active(k);
+    if (!active) return;
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       if (!plan_.panels) {
-        for (int64_t row = rows.begin; row < rows.end; ++row) direct_tile(k, row, block);
+        for (int64_t place = 0; place < active; ++place) direct_tile(k, place, block);
         continue;
       }
       if (plan_.packs_late) pack(block);
-      for_each_tile(rows, [&](int64_t row, int64_t count) {
+      for_each_tile({0, active}, [&](int64_t place, int64_t count) {
         with_rows(count, [&](auto height) {
-          this->template cell_tile<height()>(k, row, block, staged_row + row - rows_.begin);
+          this->template cell_tile<height()>(k, place, block, staged_row + place);
         });
       });
     }
     if (plan_.cell_output) {
       meet();
-      project(k, rows);
+      project(k);
     }
     meet();
   }
 
-  // The row of h (or c) that enters step k.
-  const Real *before(const Sequence<Real> &states, const State<Real> &initial, int64_t k,
-                     int64_t row) const {
-    if (row >= plan_.timeline.continuing(k)) return initial.at(row);
-    return states.at(plan_.timeline.time(k - 1), row);
+  // The rows of h and c that enter step k.
+  const Real *hidden_before(int64_t k, int64_t place) const {
+    return plan_.modifiers.before(plan_.h, plan_.h0, timeline_, k, place);
   }
-  // c lives in c_n where it is not kept.
-  const Real *cell_before(int64_t k, int64_t row) const {
-    if (plan_.c.data) return before(plan_.c, plan_.c0, k, row);
-    return row >= plan_.timeline.continuing(k) ? plan_.c0.at(row) : cell_n(row);
+  const Real *cell_before(int64_t k, int64_t place) const {
+    return plan_.modifiers.before(plan_.c, plan_.c0, timeline_, k, place);
   }
-  Real *cell_n(int64_t row) const {
-    return static_cast<Real *>(plan_.c_n.data) + row * plan_.c_n.stride_b;
+  // The row that enters W_hh at step k.
+  const Real *recurrent_row(int64_t k, int64_t place) const {
+    const int64_t row = timeline_.row(place);
+    if (!plan_.masked || plan_.modifiers.reset(timeline_.time(k), row)) {
+      return hidden_before(k, place);
+    }
+    return masked(k - 1, row);
   }
 
   template <int ROWS>
-  NOINLINE void cell_tile(int64_t k, int64_t row, int64_t block, int64_t staged_row) {
-    const int64_t t = plan_.timeline.time(k);
+  NOINLINE void cell_tile(int64_t k, int64_t place, int64_t block, int64_t staged_row) {
+    const int64_t t = timeline_.time(k);
     const int64_t hidden = plan_.hidden, unit = block * S::kWidth, count = hidden - unit;
     const Real *weights = panel(block);
     Vector a[ROWS][4];
@@ -215,7 +254,9 @@ class ForwardMember : Member {
         const Vector b = S::load(bias(block) + gate * S::kWidth);
         _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) a[q][gate] = b;
       }
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) rows[q] = plan_.x.at(t, row + q);
+      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
+        rows[q] = plan_.x.at(t, timeline_.row(place + q));
+      }
       accumulate<Real, ROWS, 4>(a, rows, weights, plan_.inputs);
     } else if (source_ == kStaged) {
       const Real *in = stage_ + ((block - blocks_.begin) * kStagedRows + staged_row) * kTile;
@@ -226,28 +267,26 @@ class ForwardMember : Member {
       }
     } else {
       _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        const Real *in = plan_.gates.at(t, row + q) + unit;
+        const Real *in = plan_.gates.at(t, timeline_.row(place + q)) + unit;
         _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
           a[q][gate] = S::load(in + gate * hidden, count);
         }
       }
     }
-    _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-      rows[q] = before(plan_.h, plan_.h0, k, row + q);
-    }
+    _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) rows[q] = recurrent_row(k, place + q);
     accumulate<Real, ROWS, 4>(a, rows, weights + plan_.inputs * kTile, plan_.features);
-    update<ROWS>(a, k, row, block);
+    update<ROWS>(a, k, place, block);
   }
 
   // One row of the same from weights as they are, as dot products: where there are too few rows in
   // all to repay packing.
-  NOINLINE void direct_tile(int64_t k, int64_t row, int64_t block) {
-    const int64_t t = plan_.timeline.time(k), hidden = plan_.hidden;
+  NOINLINE void direct_tile(int64_t k, int64_t place, int64_t block) {
+    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
     const int64_t unit = block * S::kWidth, count = min(S::kWidth, hidden - unit);
     const LstmForward &arguments = *plan_.arguments;
     const Real *biases[2] = {static_cast<const Real *>(arguments.bias_ih),
                              static_cast<const Real *>(arguments.bias_hh)};
-    const Real *h = before(plan_.h, plan_.h0, k, row);
+    const Real *h = recurrent_row(k, place);
     Vector a[1][4];
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t first = gate * hidden + unit;
@@ -263,7 +302,7 @@ class ForwardMember : Member {
       }
       if (plan_.gates.data) a[0][gate] += S::load(plan_.gates.at(t, row) + first, count);
     }
-    update<1>(a, k, row, block);
+    update<1>(a, k, place, block);
   }
 
   // products[u] += vector * row (first + u) of a matrix [.., depth]; rows from `count` on repeat.
@@ -279,17 +318,23 @@ class ForwardMember : Member {
     }
   }
 
-  // From gates to c and h (m where there is a projection).
+  // From gates to c and h (o ⊙ tanh(ĉ) where there is a projection).
   template <int ROWS>
-  INLINE_MEMBER void update(const Vector (&a)[ROWS][4], int64_t k, int64_t row, int64_t block) {
-    const int64_t t = plan_.timeline.time(k);
+  INLINE_MEMBER void update(const Vector (&a)[ROWS][4], int64_t k, int64_t place, int64_t block) {
+    const Modifiers<Real> &modifiers = plan_.modifiers;
+    const int64_t t = timeline_.time(k);
     const int64_t hidden = plan_.hidden, unit = block * S::kWidth, count = hidden - unit;
     _Pragma("GCC unroll 1") for (int q = 0; q < ROWS; ++q) {
-      const int64_t r = row + q;
+      const int64_t r = timeline_.row(place + q);
       const Vector i = S::sigmoid(a[q][0]), f = S::sigmoid(a[q][1]);
       const Vector g = S::tanh(a[q][2]), o = S::sigmoid(a[q][3]);
-      const Vector c = f * S::load(cell_before(k, r) + unit, count) + i * g;
+      const Vector earlier = S::load(cell_before(k, place + q) + unit, count);
+      Vector c = f * earlier + i * g;
+      if (modifiers.clips) c = S::clamp(c, modifiers.cell_clip);
       const Vector m = o * S::tanh(c);
+      if (modifiers.zoneout_c.data) {
+        c = mixed(S::load(modifiers.zoneout_c.at(t, r) + unit, count), earlier, c);
+      }
       if (plan_.activations.data) {
         Real *out = plan_.activations.at(t, r) + unit;
         S::store(out, i, count);
@@ -297,42 +342,73 @@ class ForwardMember : Member {
         S::store(out + 2 * hidden, g, count);
         S::store(out + 3 * hidden, o, count);
       }
-      S::store((plan_.c.data ? plan_.c.at(t, r) : cell_n(r)) + unit, c, count);
-      S::store((plan_.cell_output ? plan_.cell_output + r * hidden : plan_.h.at(t, r)) + unit, m,
-               count);
+      S::store(plan_.c.at(t, r) + unit, c, count);
+      if (plan_.cell_output) {
+        S::store(plan_.cell_output + r * hidden + unit, m, count);
+      } else {
+        store_hidden(m, k, place + q, unit, count);
+      }
     }
   }
 
-  // h_t = (o ⊙ tanh(c_t))·W_hrᵀ
-  void project(int64_t k, Share rows) {
-    const int64_t t = plan_.timeline.time(k);
+  // One vector of h_t, from one of ĥ_t.
+  INLINE_MEMBER void store_hidden(Vector h, int64_t k, int64_t place, int64_t unit,
+                                  int64_t count) const {
+    const Modifiers<Real> &modifiers = plan_.modifiers;
+    const int64_t t = timeline_.time(k), row = timeline_.row(place);
+    if (modifiers.zoneout_h.data) {
+      h = mixed(S::load(modifiers.zoneout_h.at(t, row) + unit, count),
+                S::load(hidden_before(k, place) + unit, count), h);
+    }
+    if (plan_.masked) {
+      S::store(masked(k, row) + unit,
+               h * S::load(modifiers.recurrent_mask.at(row) + unit, count), count);
+    }
+    S::store(plan_.h.at(t, row) + unit, h, count);
+  }
+  INLINE Vector mixed(Vector zoneout, Vector earlier, Vector state) {
+    return zoneout * earlier + (Real(1) - zoneout) * state;
+  }
+
+  // ĥ_t = (o ⊙ tanh(ĉ_t))·W_hrᵀ, and from it h_t.
+  void project(int64_t k) {
+    const int64_t t = timeline_.time(k);
     const Panels &panels = plan_.projection;
     const Share mine = share(panels.count());
     for (int64_t p = mine.begin; p < mine.end; ++p) {
-      for_each_tile(rows, [&](int64_t row, int64_t count) {
+      const int64_t first = panels.first_column(p), filled = panels.filled(p);
+      for_each_tile({0, timeline_.active(k)}, [&](int64_t place, int64_t count) {
         const Real *in[TILE_ROWS];
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
-          in[q] = plan_.cell_output + (row + q) * plan_.hidden;
-          out[q] = plan_.h.at(t, row + q) + panels.first_column(p);
+          const int64_t row = timeline_.row(place + q);
+          in[q] = plan_.cell_output + row * plan_.hidden;
+          out[q] = plan_.h.at(t, row) + first;
         }
         product<Real>(count, in, panels, p, plan_.projection_panels, out, false);
+        if (!plan_.masked && !plan_.modifiers.zoneout_h.data) return;
+        for (int64_t q = 0; q < count; ++q) {
+          for (int64_t unit = 0; unit < filled; unit += S::kWidth) {
+            store_hidden(S::load(out[q] + unit, filled - unit), k, place + q, first + unit,
+                         filled - unit);
+          }
+        }
       });
     }
   }
 
-  // Copy the states after each sequence's last step.
+  // Copy the states after each sequence's last step, or its initial ones if it has none.
   void finish() {
-    const Timeline &timeline = plan_.timeline;
     const Share units = {blocks_.begin * S::kWidth, min(blocks_.end * S::kWidth, plan_.hidden)};
     const Share columns = plan_.cell_output ? share(plan_.features) : units;
-    int64_t last = timeline.steps - 1;
-    for (int64_t row = rows_.begin; row < rows_.end; ++row) {
-      while (timeline.active(last) <= row) --last;
-      const int64_t t = timeline.time(last);
-      copy(static_cast<Real *>(plan_.h_n.data) + row * plan_.h_n.stride_b, plan_.h.at(t, row),
-           columns);
-      if (plan_.c.data) copy(cell_n(row), plan_.c.at(t, row), units);
+    int64_t last = timeline_.steps - 1;
+    for (int64_t place = 0; place < timeline_.count; ++place) {
+      while (last >= 0 && timeline_.active(last) <= place) --last;
+      const int64_t t = timeline_.time(last), row = timeline_.row(place);
+      copy(static_cast<Real *>(plan_.h_n.data) + row * plan_.h_n.stride_b,
+           last < 0 ? plan_.h0.at(row) : plan_.h.at(t, row), columns);
+      copy(static_cast<Real *>(plan_.c_n.data) + row * plan_.c_n.stride_b,
+           last < 0 ? plan_.c0.at(row) : plan_.c.at(t, row), units);
     }
   }
 

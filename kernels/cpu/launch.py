@@ -20,8 +20,10 @@ from .library import load
 
 __all__ = [
     "DTYPES",
+    "NO_MODIFIERS",
     "LayerForward",
     "LayerGradients",
+    "Modifiers",
     "Weights",
     "cell_forward",
     "layer_backward",
@@ -33,9 +35,11 @@ __all__ = [
 # LstmDtype in lstm.h.
 DTYPES = {torch.float32: 0, torch.float64: 1}
 
-# LstmForward and LstmBackward in lstm.h: eight bytes a field.
+# LstmForward and LstmBackward in lstm.h, eight bytes a field, and the LstmModifiers at their ends.
 _FORWARD = struct.Struct("=35q")
 _BACKWARD = struct.Struct("=53q")
+_MODIFIERS = struct.Struct("=12qd")
+_UNMODIFIED = bytes(_MODIFIERS.size)
 
 # LstmStatus in lstm.h.
 _OUT_OF_MEMORY = 1
@@ -52,6 +56,20 @@ _instruction_set = 0
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
+# What changes the recurrence of one direction, each None where it is off; kernels/cpu/forward.h has
+# the equations. By position:
+#   lengths: [B] int64, the steps of each sequence, not with batch_sizes; outputs are zero behind.
+#   resets: [T, B] or packed rows [N], bool, where a step starts from zeros.
+#   recurrent_mask: [B, P], factors of h where it enters W_hh.
+#   zoneout_h: [T, B, P] or [N, P], the part of h that stays as it was.
+#   zoneout_c: [T, B, H] or [N, H], likewise of c.
+#   cell_clip: the largest |c|, above zero.
+Modifiers = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | None
+]
+NO_MODIFIERS: Modifiers = (None,) * 6
+
+
 class LayerForward(NamedTuple):
     """What a layer computes.
 
@@ -59,7 +77,7 @@ class LayerForward(NamedTuple):
         output: [T, B, D·P], whatever the input's layout, or [N, D·P]; for a cell it is h_n.
         h_n: like h0.
         c_n: like c0.
-        c: [D·T·B, H] or [D·N, H], for a cell c_n; None unless saved.
+        c: [T, B, D·H] or [N, D·H], for a cell c_n; None unless saved.
         activations: [D·T·B, 4H] or [D·N, 4H], σ(a_i), σ(a_f), tanh(a_g), σ(a_o); likewise.
     """
 
@@ -123,6 +141,34 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _modifiers(
+    modifiers: Modifiers, packed: bool, dtype: torch.dtype
+) -> tuple[bytes, tuple[Tensor, ...]]:
+    """An LstmModifiers, and the tensors that must live as long as it does."""
+    lengths, resets, mask, zoneout_h, zoneout_c, clip = modifiers
+    if lengths is resets is mask is zoneout_h is zoneout_c is clip is None:
+        return _UNMODIFIED, ()
+    if lengths is not None:
+        lengths = lengths.to("cpu", torch.int64).contiguous()
+    if resets is not None:
+        resets = resets.view(torch.uint8)
+    # A state's dtype may be wider than that of the gates.
+    mask, zoneout_h, zoneout_c = (
+        None if tensor is None else _rows(tensor.to(dtype))
+        for tensor in (mask, zoneout_h, zoneout_c)
+    )
+    alive = (lengths, resets, mask, zoneout_h, zoneout_c)
+    structure = _MODIFIERS.pack(
+        _address(lengths),
+        *_sequence(resets, packed),
+        *_state(mask),
+        *_sequence(zoneout_h, packed),
+        *_sequence(zoneout_c, packed),
+        clip or 0.0,
+    )
+    return structure, tuple(tensor for tensor in alive if tensor is not None)
+
+
 def _check(status: int, direction: str) -> None:
     if status == _OUT_OF_MEMORY:
         raise MemoryError(f"the native {direction} kernel found no memory for its scratch")
@@ -137,6 +183,7 @@ def lstm_forward(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    modifiers: Modifiers,
     reverse: bool,
     save_activations: bool,
     save_cells: bool,
@@ -150,7 +197,8 @@ def lstm_forward(
         c0: [B, H].
         weight_hr: [P, H] or None.
         batch_sizes: [T] int64 on the CPU for packed rows, else None.
-        reverse: whether time runs from T-1 to 0.
+        modifiers: what changes the recurrence.
+        reverse: whether time runs from T-1 to 0, with lengths from each sequence's last step.
         save_activations: whether the activated gates are wanted.
         save_cells: whether the cell states are wanted.
 
@@ -173,6 +221,7 @@ def lstm_forward(
     h_n = new((batch, features))
     c_n = new((batch, hidden))
     if batch:
+        tail, _alive = _modifiers(modifiers, packed, dtype)
         structure = _FORWARD.pack(
             gates.shape[0] if batch_sizes is None else len(batch_sizes),
             batch,
@@ -197,7 +246,7 @@ def lstm_forward(
             *_state(c_n),
         )
         run, threads = load().forward, torch.get_num_threads()
-        _check(run(structure, 1, DTYPES[dtype], threads, _instruction_set), "forward")
+        _check(run(structure + tail, 1, DTYPES[dtype], threads, _instruction_set), "forward")
     return h, c, activations, h_n, c_n
 
 
@@ -212,6 +261,7 @@ def lstm_backward(
     c0: Tensor,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    modifiers: Modifiers,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Differentiate one recurrence.
@@ -227,10 +277,12 @@ def lstm_backward(
         c0: [B, H].
         weight_hr: [P, H] or None.
         batch_sizes: [T] int64 on the CPU, or None.
+        modifiers: as in the forward pass; nothing is differentiated by them.
         reverse: whether time ran from T-1 to 0.
 
     Returns:
-        Gradients of gates, h0 and c0, and the whole δh where there is a projection, else None.
+        Gradients of gates, h0 and c0, and the whole δh (of h before zoneout) where there is a
+        projection, else None.
 
     Raises:
         LibraryUnavailableError: if there is no native library.
@@ -250,6 +302,7 @@ def lstm_backward(
     grad_h0 = new((batch, features))
     grad_c0 = new((batch, hidden))
     if batch:
+        tail, _alive = _modifiers(modifiers, packed, dtype)
         structure = _BACKWARD.pack(
             activations.shape[0] if batch_sizes is None else len(batch_sizes),
             batch,
@@ -282,7 +335,7 @@ def lstm_backward(
             *_state(grad_c0),
         )
         run, threads = load().backward, torch.get_num_threads()
-        _check(run(structure, 1, DTYPES[dtype], threads, _instruction_set), "backward")
+        _check(run(structure + tail, 1, DTYPES[dtype], threads, _instruction_set), "backward")
     return grad_gates, grad_h0, grad_c0, whole
 
 
@@ -316,7 +369,9 @@ def layer_forward(
     weights: Sequence[Weights],
     batch_sizes: Tensor | None,
     batch_first: bool,
+    modifiers: Sequence[Modifiers],
     save: bool,
+    save_cells: bool,
 ) -> LayerForward:
     """Compute one layer in all its directions, side by side where there are threads for it.
 
@@ -327,7 +382,9 @@ def layer_forward(
         weights: one for each of the D directions; the second runs backwards in time.
         batch_sizes: [T] int64 on the CPU for packed rows, else None.
         batch_first: how the input is laid out; packed rows are neither.
+        modifiers: one for each direction, time first whatever the input's layout.
         save: whether `layer_backward` will be called.
+        save_cells: whether the cell states are wanted.
 
     Raises:
         LibraryUnavailableError: if there is no native library.
@@ -346,14 +403,12 @@ def layer_forward(
         activations = new(directions * rows, 4 * hidden)
     if len(state_shape) == 2:
         output = h_n
-        c = c_n if save else None
+        c = c_n if save or save_cells else None
     else:
-        if packed:
-            output = new(rows, directions * features)
-        else:
-            output = new(steps, batch, directions * features)
-        if save:
-            c = new(directions * rows, hidden)
+        leading = (rows,) if packed else (steps, batch)
+        output = new(*leading, directions * features)
+        if save or save_cells:
+            c = new(*leading, directions * hidden)
     if not batch:
         return LayerForward(output, h_n, c_n, c, activations)
     size = dtype.itemsize
@@ -365,7 +420,7 @@ def layer_forward(
         h0_step, c0_step = h0.stride(0) * size, c0.stride(0) * size
     h0_address, c0_address = h0.data_ptr(), c0.data_ptr()
     h_n_address, c_n_address = h_n.data_ptr(), c_n.data_ptr()
-    c_address = 0 if c is None else c.data_ptr()
+    c_address, c_strides = (0, (0, 0)) if c is None else (c.data_ptr(), _time_and_batch(c, False))
     activations_address = 0 if activations is None else activations.data_ptr()
     row_stride = 0 if packed else batch
     if batch_sizes is not None:
@@ -375,7 +430,8 @@ def layer_forward(
     alive = []
     for d, own in enumerate(weights):
         ih, hh, bias_ih, bias_hh, hr = dense = [_dense(weight) for weight in own]
-        alive.append(dense)
+        tail, pointed_to = _modifiers(modifiers[d], packed, dtype)
+        alive.append((dense, pointed_to))
         structures += _FORWARD.pack(
             steps,
             batch,
@@ -400,9 +456,8 @@ def layer_forward(
             c0_stride,
             out_address + d * features * size,
             *out_strides,
-            c_address and c_address + d * rows * hidden * size,
-            row_stride * hidden,
-            hidden,
+            c_address and c_address + d * hidden * size,
+            *c_strides,
             activations_address and activations_address + d * rows * 4 * hidden * size,
             row_stride * 4 * hidden,
             4 * hidden,
@@ -411,6 +466,7 @@ def layer_forward(
             c_n_address + d * batch * hidden * size,
             hidden,
         )
+        structures += tail
     status = load().forward(
         structures, directions, DTYPES[dtype], torch.get_num_threads(), _instruction_set
     )
@@ -487,7 +543,8 @@ def cell_forward(
             hidden,
             c_n.data_ptr(),
             hidden,
-        ),
+        )
+        + _UNMODIFIED,
         1,
         DTYPES[x.dtype],
         torch.get_num_threads(),
@@ -502,12 +559,14 @@ def layer_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
     weights: Sequence[Weights],
     batch_sizes: Tensor | None,
     batch_first: bool,
+    modifiers: Sequence[Modifiers],
     output: Tensor,
     c: Tensor,
     activations: Tensor,
@@ -517,17 +576,19 @@ def layer_backward(
     """Differentiate one layer.
 
     Args:
-        grad_output: like the output, or None for zeros; so for the other two.
+        grad_output: like the output, or None for zeros; so for the other three.
         grad_h_n: like h_n.
         grad_c_n: like c_n.
+        grad_cells: like c.
         x: as in the forward pass, and so for what follows.
         h0: [D, B, P] or [B, P].
         c0: [D, B, H] or [B, H].
         weights: one for each direction.
         batch_sizes: [T] or None.
         batch_first: how the input is laid out.
+        modifiers: one for each direction.
         output: what the forward pass computed, and so for the next two.
-        c: [D·T·B, H] or [D·N, H].
+        c: [T, B, D·H] or [N, D·H]; [B, H] for a cell.
         activations: [D·T·B, 4H] or [D·N, 4H].
         want_input: whether a gradient of the input is wanted.
         want_weights: whether gradients of the weights are wanted.
@@ -537,9 +598,9 @@ def layer_backward(
         MemoryError: if there is no memory for the kernel's scratch.
     """
     dtype, directions = x.dtype, len(weights)
-    x, h0, c0, output = _rows(x), _rows(h0), _rows(c0), _rows(output)
+    x, h0, c0, output, c = _rows(x), _rows(h0), _rows(c0), _rows(output), _rows(c)
     # As they were left, unless a hook on saved tensors has brought them back otherwise.
-    c, activations = c.contiguous(), activations.contiguous()
+    activations = activations.contiguous()
     batch, features = h0.shape[-2:]
     inputs, hidden = x.shape[-1], c0.shape[-1]
     packed = batch_sizes is not None
@@ -556,6 +617,11 @@ def layer_backward(
         grad_output_at = grad_output.data_ptr(), *_time_and_batch(grad_output, False)
     else:
         grad_output_at = _NO_SEQUENCE
+    if grad_cells is not None:
+        grad_cells = _rows(grad_cells)
+        grad_cells_at = grad_cells.data_ptr(), *_time_and_batch(grad_cells, False)
+    else:
+        grad_cells_at = _NO_SEQUENCE
     grad_states = []
     for grad in (grad_h_n, grad_c_n):
         if grad is None:
@@ -570,7 +636,8 @@ def layer_backward(
     out_address, out_strides = output.data_ptr(), _time_and_batch(output, False)
     h0_address, c0_address = h0.data_ptr(), c0.data_ptr()
     h0_step, c0_step = (h0.stride(0) * size, c0.stride(0) * size) if directions > 1 else (0, 0)
-    c_address, activations_address = c.data_ptr(), activations.data_ptr()
+    c_address, c_strides = c.data_ptr(), _time_and_batch(c, False)
+    activations_address = activations.data_ptr()
     gh0_address, gc0_address = grad_h0.data_ptr(), grad_c0.data_ptr()
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
@@ -579,8 +646,9 @@ def layer_backward(
         bias = bias_hh if bias_ih is None else bias_ih
         ih, hh = ih.contiguous(), hh.contiguous()
         hr = None if hr is None else hr.contiguous()
-        alive += [ih, hh, hr]
-        part = d * features * size
+        tail, pointed_to = _modifiers(modifiers[d], packed, dtype)
+        alive += [ih, hh, hr, *pointed_to]
+        part, cells_part = d * features * size, d * hidden * size
         grad_input_at = _NO_SEQUENCE
         if want_input:
             grad_input_at = grad_inputs[d].data_ptr(), *_time_and_batch(grad_inputs[d], batch_first)
@@ -602,9 +670,8 @@ def layer_backward(
             activations_address + d * rows * 4 * hidden * size,
             row_stride * 4 * hidden,
             4 * hidden,
-            c_address + d * rows * hidden * size,
-            row_stride * hidden,
-            hidden,
+            c_address + cells_part,
+            *c_strides,
             x_address,
             *x_strides,
             out_address + part,
@@ -618,7 +685,8 @@ def layer_backward(
             c0.stride(-2),
             grad_output_at[0] and grad_output_at[0] + part,
             *grad_output_at[1:],
-            *_NO_SEQUENCE,
+            grad_cells_at[0] and grad_cells_at[0] + cells_part,
+            *grad_cells_at[1:],
             gh_address + d * gh_step,
             gh_stride,
             gc_address + d * gc_step,
@@ -635,6 +703,7 @@ def layer_backward(
             gc0_address + d * batch * hidden * size,
             hidden,
         )
+        structures += tail
     if batch:
         status = load().backward(
             structures, directions, DTYPES[dtype], torch.get_num_threads(), _instruction_set

@@ -1,6 +1,7 @@
 // Where the rows of a sequence lie, and in which order its steps are computed.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "lstm.h"
@@ -11,24 +12,39 @@ constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The steps in the order of computation: k = 0 ... T-1, whatever the direction of time.
+// The steps of a group of rows in the order of computation, k = 0 ... T-1, whichever way time runs.
+// Each row has a place in the group, those with the most steps the first ones: the rows that
+// are active at a step have the places 0 ... active(k)-1.
 struct Timeline {
-  int64_t steps, batch, rows;
+  int64_t steps;
   bool reverse;
-  const int64_t *batch_sizes;  // [T], or null for a padded batch
-  const int64_t *offsets;      // [T], rows of earlier steps, or null for a padded batch
+  int64_t first, count;   // its rows are first ... first+count-1, unless `rows` names them
+  const int64_t *rows;    // [count], the row at each place, or null
+  const int64_t *starts;  // [T+1], active rows of the steps before; null where all always are
 
   INLINE_MEMBER int64_t time(int64_t k) const { return reverse ? steps - 1 - k : k; }
-  INLINE_MEMBER int64_t active(int64_t k) const {
-    return batch_sizes ? batch_sizes[time(k)] : batch;
+  INLINE_MEMBER int64_t row(int64_t place) const { return rows ? rows[place] : first + place; }
+  // Active rows of steps begin ... end-1.
+  INLINE_MEMBER int64_t active(int64_t begin, int64_t end) const {
+    return starts ? starts[end] - starts[begin] : (end - begin) * count;
   }
-  // Rows of step k that had a step before it; rows continuing(k) ... active(k)-1 begin here.
+  INLINE_MEMBER int64_t active(int64_t k) const { return active(k, k + 1); }
+  // Rows of step k that had a step before it; places continuing(k) ... active(k)-1 begin here.
   INLINE_MEMBER int64_t continuing(int64_t k) const {
     return k == 0 ? 0 : min(active(k - 1), active(k));
   }
-  // Rows of step k that have a step after it; rows lasting(k) ... active(k)-1 end here.
+  // Rows of step k that have a step after it; places lasting(k) ... active(k)-1 end here.
   INLINE_MEMBER int64_t lasting(int64_t k) const {
     return k == steps - 1 ? 0 : min(active(k + 1), active(k));
+  }
+  // Call each(t, row) for steps that a row does not have: of all of them, the part-th of `parts`.
+  template <class Each>
+  INLINE_MEMBER void for_each_idle(int64_t part, int64_t parts, Each each) const {
+    for (int64_t k = 0; k < steps; ++k) {
+      for (int64_t place = active(k) + part; place < count; place += parts) {
+        each(time(k), row(place));
+      }
+    }
   }
 };
 
@@ -47,6 +63,10 @@ struct Sequence {
   INLINE_MEMBER Real *at(int64_t t, int64_t b) const {
     return data + (offsets ? (offsets[t] + b) * stride_b : t * stride_t + b * stride_b);
   }
+  // Zeros instead of a row, where there is such an output.
+  INLINE_MEMBER void clear(int64_t t, int64_t b, int64_t width) const {
+    if (data) __builtin_memset(at(t, b), 0, size_t(width) * sizeof(Real));
+  }
 };
 
 // A tensor [B, F] that is read; null stands for zeros.
@@ -59,6 +79,37 @@ struct State {
       : data(s.data ? static_cast<const Real *>(s.data) : zeros),
         stride_b(s.data ? s.stride_b : 0) {}
   INLINE_MEMBER const Real *at(int64_t b) const { return data + b * stride_b; }
+};
+
+// What changes the recurrence, see lstm.h; data is null where it is off.
+template <class Real>
+struct Modifiers {
+  Sequence<const uint8_t> resets;
+  State<Real> recurrent_mask;
+  Sequence<const Real> zoneout_h, zoneout_c;
+  bool clips;
+  Real cell_clip;
+  const Real *zeros;  // [max(H, P)]
+
+  Modifiers(const LstmModifiers &m, const int64_t *row_offsets, const Real *zero_row)
+      : resets(m.resets, row_offsets),
+        recurrent_mask(m.recurrent_mask, nullptr),
+        zoneout_h(m.zoneout_h, row_offsets),
+        zoneout_c(m.zoneout_c, row_offsets),
+        clips(m.cell_clip > 0),
+        cell_clip(Real(m.cell_clip)),
+        zeros(zero_row) {}
+  INLINE_MEMBER bool reset(int64_t t, int64_t row) const {
+    return resets.data && *resets.at(t, row);
+  }
+  // The row of h, or of c, that enters step k.
+  INLINE_MEMBER const Real *before(const Sequence<Real> &states, const State<Real> &initial,
+                                   const Timeline &timeline, int64_t k, int64_t place) const {
+    const int64_t row = timeline.row(place);
+    if (reset(timeline.time(k), row)) return zeros;
+    if (place >= timeline.continuing(k)) return initial.at(row);
+    return states.at(timeline.time(k - 1), row);
+  }
 };
 
 // A matrix [depth, width] cut into panels of at most `wide` vectors of `lanes` columns, each stored

@@ -137,12 +137,24 @@ const Supported &supported() {
   return once;
 }
 
+// Numbers of steps are values, not shapes: a wrong one would be written out of bounds.
+template <class Arguments>
+bool lengths_fit(const Arguments &a) {
+  for (int64_t b = 0; a.modifiers.lengths && b < a.batch; ++b) {
+    if (a.modifiers.lengths[b] < 0 || a.modifiers.lengths[b] > a.steps) return false;
+  }
+  return !(a.modifiers.lengths && a.batch_sizes);
+}
+
 template <class Arguments, class Run>
 int32_t checked(const Arguments *recurrences, int64_t count, int64_t threads,
                 int64_t instruction_set, Run run) {
   const Supported &sets = supported();
   if (!recurrences || count < 1 || instruction_set < 0 || instruction_set >= sets.count) {
     return kLstmBadArgument;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (!lengths_fit(recurrences[i])) return kLstmBadArgument;
   }
   const bool alone = forked || !openmp.parallel || threads < 1;
   return run(*sets.sets[instruction_set], alone ? 1 : threads);

@@ -7,6 +7,9 @@
 // an array. Strides count elements; the last dimension of every tensor is contiguous. A tensor
 // "[T, B, F]" is addressed as base + t*stride_t + b*stride_b, or, where batch_sizes is given, as
 // base + (rows of earlier steps + b)*stride_b. The caller has checked every shape.
+//
+// With lengths, sequence b has the steps 0 ... lengths[b]-1, and `reverse` starts from the last of
+// them. What an input holds at other steps is not read, and an output is zero there.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +17,7 @@
 extern "C" {
 
 // Raised with every change of the structures or functions below.
-constexpr int64_t kLstmAbiVersion = 1;
+constexpr int64_t kLstmAbiVersion = 2;
 
 enum LstmDtype : int64_t { kLstmFloat32 = 0, kLstmFloat64 = 1 };
 
@@ -31,6 +34,16 @@ struct LstmSequence {
 struct LstmState {
   void *data;
   int64_t stride_b;
+};
+
+// What changes a recurrence; all bytes are zero where nothing does. None of it is differentiated.
+struct LstmModifiers {
+  const int64_t *lengths;    // [B], the steps of each sequence of a padded batch, 0 ... T; or null
+  LstmSequence resets;       // [T, B] of uint8_t: not 0 where a step starts from zeros; or null
+  LstmState recurrent_mask;  // [B, P], what h is multiplied by where it enters W_hh; or null
+  LstmSequence zoneout_h;    // [T, B, P], the part of h that stays as it was; or null
+  LstmSequence zoneout_c;    // [T, B, H], likewise of c
+  double cell_clip;          // the largest |c|, before zoneout; 0 for none
 };
 
 // One recurrence to compute: one direction of one layer.
@@ -56,6 +69,7 @@ struct LstmForward {
   LstmSequence activations;    // out [T, B, 4H], sigma(a_i), sigma(a_f), tanh(a_g), sigma(a_o); or null
   LstmState h_n;               // out [B, P]
   LstmState c_n;               // out [B, H]
+  LstmModifiers modifiers;
 };
 
 // One recurrence to differentiate.
@@ -81,7 +95,7 @@ struct LstmBackward {
   LstmState grad_h_n;        // in  [B, P], or null for zeros
   LstmState grad_c_n;        // in  [B, H], or null for zeros
   LstmSequence grad_gates;   // out [T, B, 4H], or null
-  LstmSequence whole_grad_h; // out [T, B, P] with a projection, or null
+  LstmSequence whole_grad_h; // out [T, B, P], of h before zoneout, with a projection; or null
   LstmSequence grad_x;       // out [T, B, I], or null
   void *grad_weight_ih;      // out [4H, I], or null
   void *grad_weight_hh;      // out [4H, P], or null
@@ -89,6 +103,7 @@ struct LstmBackward {
   void *grad_weight_hr;      // out [P, H], or null
   LstmState grad_h0;         // out [B, P]
   LstmState grad_c0;         // out [B, H]
+  LstmModifiers modifiers;   // as in the forward pass
 };
 
 // The version of this interface that the library was built with.

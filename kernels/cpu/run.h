@@ -24,15 +24,73 @@ static Split split_for(const Arguments &a, int64_t threads) {
   return {max(1, min(most / unit_groups, row_groups)), unit_groups};
 }
 
-static Timeline timeline_of(int64_t steps, int64_t batch, int64_t reverse,
-                            const int64_t *batch_sizes, Memory &memory) {
-  int64_t *offsets = batch_sizes ? memory.take<int64_t>(steps) : nullptr;
-  int64_t rows = batch_sizes ? 0 : steps * batch;
-  for (int64_t t = 0; batch_sizes && t < steps; ++t) {
+// The rows of all steps; and of a packed batch, for each step, those of earlier ones.
+struct Rows {
+  int64_t count;
+  const int64_t *offsets;
+};
+
+template <class Arguments>
+static Rows rows_of(const Arguments &a, Memory &memory) {
+  if (!a.batch_sizes) return {a.steps * a.batch, nullptr};
+  int64_t *offsets = memory.take<int64_t>(a.steps), rows = 0;
+  for (int64_t t = 0; t < a.steps; ++t) {
     if (offsets) offsets[t] = rows;
-    rows += batch_sizes[t];
+    rows += a.batch_sizes[t];
   }
-  return {steps, batch, rows, reverse != 0, batch_sizes, offsets};
+  return {rows, offsets};
+}
+
+// Sort the rows by their numbers of steps, descending; place(rank) is where a row is written down.
+//   at_least: [T+1], gets the number of rows with so many steps or more.
+template <class Place>
+static void sort_rows(const int64_t *lengths, int64_t batch, int64_t steps, int64_t *at_least,
+                      Place place) {
+  __builtin_memset(at_least, 0, size_t(steps + 1) * sizeof(int64_t));
+  for (int64_t row = 0; row < batch; ++row) ++at_least[lengths[row]];
+  for (int64_t n = steps, longer = 0; n >= 0; --n) {
+    const int64_t equal = at_least[n];
+    at_least[n] = longer;
+    longer += equal;
+  }
+  // Each is the next rank for so many steps now, and at the end what it shall be.
+  for (int64_t row = 0; row < batch; ++row) place(at_least[lengths[row]]++) = row;
+}
+
+// A timeline for each group of rows. Where lengths differ, rows are dealt out to the groups like
+// cards, so that each gets long ones and short ones; else a group's rows lie side by side.
+template <class Arguments>
+static const Timeline *timelines_of(const Arguments &a, int64_t groups, Memory &memory) {
+  const int64_t *lengths = a.modifiers.lengths;
+  const bool dealt = lengths || a.batch_sizes;
+  Timeline *timelines = memory.take<Timeline>(groups);
+  int64_t *rows = dealt ? memory.take<int64_t>(a.batch) : nullptr;
+  int64_t *starts = dealt ? memory.take<int64_t>(groups * (a.steps + 1)) : nullptr;
+  int64_t *at_least = lengths ? memory.take<int64_t>(a.steps + 1) : nullptr;
+  if (memory.counting()) return timelines;
+  const auto place = [&](int64_t rank) -> int64_t & {
+    return rows[share_of(a.batch, rank % groups, groups).begin + rank / groups];
+  };
+  if (lengths) sort_rows(lengths, a.batch, a.steps, at_least, place);
+  if (a.batch_sizes) {
+    for (int64_t row = 0; row < a.batch; ++row) place(row) = row;
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    const Share own = share_of(a.batch, group, groups);
+    Timeline &timeline = timelines[group];
+    timeline = {a.steps, a.reverse != 0, own.begin, own.end - own.begin, nullptr, nullptr};
+    if (!dealt) continue;
+    timeline.rows = rows + own.begin;
+    timeline.starts = starts;
+    starts[0] = 0;
+    for (int64_t k = 0; k < a.steps; ++k) {
+      const int64_t t = timeline.time(k);
+      const int64_t active = lengths ? at_least[t + 1] : a.batch_sizes[t];
+      starts[k + 1] = starts[k] + divide_up(max(0, active - group), groups);
+    }
+    starts += a.steps + 1;
+  }
+  return timelines;
 }
 
 template <class Real>
@@ -52,8 +110,8 @@ static Barrier *barriers(const Split &split, Memory &memory) {
 
 // Huge pages for an output of all rows (half of h where there are two directions).
 template <class Real>
-static void advise_rows(const Sequence<Real> &rows, const Timeline &timeline, int64_t width) {
-  if (rows.data) advise_huge_pages(rows.data, size_t(timeline.rows * width) * sizeof(Real));
+static void advise_rows(const LstmSequence &output, const Rows &rows, int64_t width) {
+  if (output.data) advise_huge_pages(output.data, size_t(rows.count * width) * sizeof(Real));
 }
 
 template <class Real>
@@ -65,23 +123,27 @@ struct Forward {
   static Plan lay_out(const Arguments &a, const Split &split, Memory &memory) {
     typedef Simd<Real> S;
     const int64_t blocks = divide_up(a.hidden_size, S::kWidth);
-    const Timeline timeline = timeline_of(a.steps, a.batch, a.reverse, a.batch_sizes, memory);
+    const Rows rows = rows_of(a, memory);
+    const int64_t *offsets = rows.offsets;
     const Real *zero = zeros<Real>(max(a.hidden_size, a.features), memory);
     const bool projected = a.weight_hr != nullptr;
+    const bool masks = a.modifiers.recurrent_mask.data;
     const Panels projection = {a.hidden_size, a.features, S::kWidth,
                                Panels::wide_for(a.features, S::kWidth, split.unit_groups)};
     const int64_t tile = 4 * S::kWidth;
-    const bool packed = timeline.rows >= kPackedRows;
+    const bool packed = rows.count >= kPackedRows;
     const bool packs_late = a.steps == 1;
     const int64_t panels = !packed ? 0 : packs_late ? split.members() : blocks;
     const int64_t staged = a.gates.data || !packed ? 0 : split.row_groups * blocks * kStagedRows;
+    const LstmSequence c = a.c.data ? a.c : LstmSequence{a.c_n.data, 0, a.c_n.stride_b};
     Plan plan = {&a,
-                 timeline,
-                 {a.gates, timeline.offsets},
-                 {a.x, timeline.offsets},
-                 {a.h, timeline.offsets},
-                 {a.c, timeline.offsets},
-                 {a.activations, timeline.offsets},
+                 timelines_of(a, split.row_groups, memory),
+                 {a.modifiers, offsets, zero},
+                 {a.gates, offsets},
+                 {a.x, offsets},
+                 {a.h, offsets},
+                 {c, a.c.data ? offsets : nullptr},
+                 {a.activations, offsets},
                  {a.h0, zero},
                  {a.c0, zero},
                  a.h_n,
@@ -95,12 +157,13 @@ struct Forward {
                  memory.take<Real>(panels * tile),
                  projected ? memory.take<Real>(projection.size()) : nullptr,
                  projected ? memory.take<Real>(a.batch * a.hidden_size) : nullptr,
+                 masks ? memory.take<Real>(2 * a.batch * a.features) : nullptr,
                  memory.take<Real>(staged * tile),
                  barriers(split, memory)};
     if (!memory.counting()) {
-      advise_rows(plan.h, timeline, a.features);
-      advise_rows(plan.c, timeline, a.hidden_size);
-      advise_rows(plan.activations, timeline, 4 * a.hidden_size);
+      advise_rows<Real>(a.h, rows, a.features);
+      advise_rows<Real>(a.c, rows, a.hidden_size);
+      advise_rows<Real>(a.activations, rows, 4 * a.hidden_size);
     }
     return plan;
   }
@@ -114,7 +177,8 @@ struct Backward {
 
   static Plan lay_out(const Arguments &a, const Split &split, Memory &memory) {
     typedef Simd<Real> S;
-    const Timeline timeline = timeline_of(a.steps, a.batch, a.reverse, a.batch_sizes, memory);
+    const Rows rows = rows_of(a, memory);
+    const int64_t *offsets = rows.offsets;
     const Real *zero = zeros<Real>(max(a.hidden_size, a.features), memory);
     const bool projected = a.weight_hr != nullptr;
     const int64_t gates = 4 * a.hidden_size;
@@ -122,18 +186,19 @@ struct Backward {
       return Panels{depth, width, S::kWidth, Panels::wide_for(width, S::kWidth, members)};
     };
     // A chunk holds at least one step.
-    const int64_t rows = max(kChunkRows, divide_up(a.batch, split.row_groups));
+    const int64_t chunk_rows = max(kChunkRows, divide_up(a.batch, split.row_groups));
     Plan plan = {&a,
-                 timeline,
-                 {a.activations, timeline.offsets},
-                 {a.c, timeline.offsets},
-                 {a.x, timeline.offsets},
-                 {a.h, timeline.offsets},
-                 {a.grad_h, timeline.offsets},
-                 {a.grad_c, timeline.offsets},
-                 {a.grad_gates, timeline.offsets},
-                 {a.whole_grad_h, timeline.offsets},
-                 {a.grad_x, timeline.offsets},
+                 timelines_of(a, split.row_groups, memory),
+                 {a.modifiers, offsets, zero},
+                 {a.activations, offsets},
+                 {a.c, offsets},
+                 {a.x, offsets},
+                 {a.h, offsets},
+                 {a.grad_h, offsets},
+                 {a.grad_c, offsets},
+                 {a.grad_gates, offsets},
+                 {a.whole_grad_h, offsets},
+                 {a.grad_x, offsets},
                  {a.h0, zero},
                  {a.c0, zero},
                  {a.grad_h_n, zero},
@@ -147,9 +212,11 @@ struct Backward {
                  panels(gates, a.features, split.unit_groups),
                  panels(a.features, a.hidden_size, split.unit_groups),
                  panels(gates, a.input_size, 1),
-                 panels(rows, a.input_size, 1),
-                 panels(rows, a.features, 1),
-                 panels(rows, a.hidden_size, 1),
+                 panels(chunk_rows, a.input_size, 1),
+                 panels(chunk_rows, a.features, 1),
+                 panels(chunk_rows, a.hidden_size, 1),
+                 nullptr,
+                 nullptr,
                  nullptr,
                  nullptr,
                  nullptr,
@@ -164,8 +231,10 @@ struct Backward {
     plan.packed_hr = take_if(projected, plan.projection_panels.size());
     plan.packed_ih = take_if(a.grad_x.data, plan.input_panels.size());
     plan.grad_m = take_if(projected, a.batch * a.hidden_size);
+    plan.zoned_h = take_if(a.modifiers.zoneout_h.data, a.batch * a.features);
+    plan.masked_h = take_if(a.modifiers.recurrent_mask.data, split.members() * a.features);
     const auto transposed = [&](int64_t width) {
-      return divide_up(width, TILE_ROWS) * (rows * TILE_ROWS + kPadding);
+      return divide_up(width, TILE_ROWS) * (chunk_rows * TILE_ROWS + kPadding);
     };
     for (int64_t group = 0; group < split.row_groups; ++group) {
       ChunkBuffers<Real> chunk = {};
@@ -175,8 +244,9 @@ struct Backward {
       chunk.transposed = take_if(a.grad_weight_ih || a.grad_weight_hh, transposed(gates));
       chunk.transposed_h = take_if(a.grad_weight_hr, transposed(a.features));
       for (int parity = 0; parity < 2; ++parity) {
-        chunk.gates[parity] = take_if(!a.grad_gates.data, rows * gates);
-        chunk.whole_h[parity] = take_if(projected && !a.whole_grad_h.data, rows * a.features);
+        chunk.gates[parity] = take_if(!a.grad_gates.data, chunk_rows * gates);
+        chunk.whole_h[parity] =
+            take_if(projected && !a.whole_grad_h.data, chunk_rows * a.features);
       }
       WeightGradients<Real> sums = {
           static_cast<Real *>(a.grad_weight_ih), static_cast<Real *>(a.grad_weight_hh),
@@ -191,8 +261,8 @@ struct Backward {
       }
     }
     if (!memory.counting()) {
-      advise_rows(plan.grad_gates, timeline, gates);
-      advise_rows(plan.grad_x, timeline, a.input_size);
+      advise_rows<Real>(a.grad_gates, rows, gates);
+      advise_rows<Real>(a.grad_x, rows, a.input_size);
     }
     return plan;
   }

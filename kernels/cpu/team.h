@@ -12,6 +12,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "layout.h"
+
 // A barrier that spins for about as long as a time step takes, then lets others run: two threads of
 // one core must not wait for each other's time slice.
 class Barrier {
@@ -47,13 +49,14 @@ class Barrier {
   alignas(64) std::atomic<int> generation_{0};
 };
 
-// [begin, end) of `count` things for one of `parts`.
+// [begin, end) of `count` things for one of `parts`; the first parts get what does not divide.
 struct Share {
   int64_t begin, end;
 };
 
 inline Share share_of(int64_t count, int64_t part, int64_t parts) {
-  return {count * part / parts, count * (part + 1) / parts};
+  const int64_t whole = count / parts, left = count % parts;
+  return {part * whole + min(part, left), (part + 1) * whole + min(part + 1, left)};
 }
 
 // Hands out pieces of a block of memory; without a block it only counts how much is needed.
@@ -136,12 +139,11 @@ struct Split {
 class Member {
  protected:
   // barriers: one for each group of rows, and one for all.
-  Member(const Split &split, int64_t member, int64_t batch, Barrier *barriers)
+  Member(const Split &split, int64_t member, Barrier *barriers)
       : split_(split),
         member_(member),
         row_group_(member / split.unit_groups),
         unit_group_(member % split.unit_groups),
-        rows_(share_of(batch, row_group_, split.row_groups)),
         barriers_(barriers) {}
 
   // This member's part of what its group, or the whole team, does together.
@@ -153,7 +155,6 @@ class Member {
 
   const Split &split_;
   const int64_t member_, row_group_, unit_group_;
-  const Share rows_;
 
  private:
   Barrier *barriers_;

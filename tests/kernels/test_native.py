@@ -36,6 +36,8 @@ except LibraryUnavailableError as error:
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "settings")
 
 THREADS = (1, 2, 3)
+NO_MODIFIERS = launch.NO_MODIFIERS
+UNMODIFIED = [NO_MODIFIERS] * 2
 NAN, INF = float("nan"), float("inf")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 # A sanitized build is several times slower.
@@ -198,11 +200,11 @@ def run_recurrence(case, inputs, grads, save_activations=True, save_cells=True):
     _, weight_hh, _, c0, weight_hr = inputs
     batch_sizes, reverse = case.batch_sizes, case.reverse
     h, c, activations, h_n, c_n = lstm_forward(
-        *inputs, batch_sizes, reverse, save_activations, save_cells
+        *inputs, batch_sizes, NO_MODIFIERS, reverse, save_activations, save_cells
     )
     results = {"h": h, "c": c, "activations": activations, "h_n": h_n, "c_n": c_n}
     if save_activations and save_cells:
-        saved = (activations, c, weight_hh, c0, weight_hr, batch_sizes, reverse)
+        saved = (activations, c, weight_hh, c0, weight_hr, batch_sizes, NO_MODIFIERS, reverse)
         gradients = lstm_backward(*grads, *saved)
         results.update(zip(("dgates", "dh0", "dc0", "whole dh"), gradients, strict=True))
         if weight_hr is None:
@@ -320,8 +322,8 @@ def test_what_is_not_saved_is_empty(dtype, save_activations, save_cells):
     inputs = convert(inputs, dtype)
     for context in every_setting():
         with context:
-            full = lstm_forward(*inputs, None, False, True, True)
-            some = lstm_forward(*inputs, None, False, save_activations, save_cells)
+            full = lstm_forward(*inputs, None, NO_MODIFIERS, False, True, True)
+            some = lstm_forward(*inputs, None, NO_MODIFIERS, False, save_activations, save_cells)
         wanted = (True, save_cells, save_activations, True, True)
         for x, y, on in zip(full, some, wanted, strict=True):
             if on:
@@ -464,10 +466,11 @@ def run_layer(case, inputs, grads, want_input=True, want_weights=True):
     batch_first = case.batch_first and case.sizes is None
     if batch_first:
         x = x.transpose(0, 1).contiguous()
-    rest = (case.batch_sizes, batch_first)
-    out = layer_forward(x, h0, c0, weights, *rest, True)
+    rest = (case.batch_sizes, batch_first, UNMODIFIED)
+    out = layer_forward(x, h0, c0, weights, *rest, True, False)
     gradients = layer_backward(
         *grads,
+        None,
         x,
         h0,
         c0,
@@ -493,7 +496,7 @@ def run_layer(case, inputs, grads, want_input=True, want_weights=True):
                 results[f"d{name}[{d}]"] = w
             else:
                 assert w is None, name
-    plain = layer_forward(x, h0, c0, weights, *rest, False)
+    plain = layer_forward(x, h0, c0, weights, *rest, False, False)
     assert plain.c is None
     assert plain.activations is None
     results |= {f"{name} unsaved": getattr(plain, name) for name in ("output", "h_n", "c_n")}
@@ -662,15 +665,16 @@ def test_cell(dtype, bias, B, I, H):  # noqa: E741
     weights, (_, *grads) = convert(weights, dtype), convert(grads, dtype)
     for context in every_setting():
         with context:
-            arguments = (x[0], h0[0], c0[0], weights, None, False)
-            out = layer_forward(*arguments, True)
+            rest = (weights, None, False, UNMODIFIED)
+            arguments = (x[0], h0[0], c0[0], *rest)
+            out = layer_forward(*arguments, True, False)
             assert out.output.data_ptr() == out.h_n.data_ptr()
             gradients = layer_backward(
-                None, grads[0][0], grads[1][0], *arguments, *(out[0], *out[3:]), True, True
+                None, grads[0][0], grads[1][0], None, *arguments, *(out[0], *out[3:]), True, True
             )
-            whole = layer_forward(x, h0, c0, weights, None, False, True)
+            whole = layer_forward(x, h0, c0, *rest, True, False)
             expected = layer_backward(
-                None, *grads, x, h0, c0, weights, None, False, *(whole[0], *whole[3:]), True, True
+                None, *grads, None, x, h0, c0, *rest, *(whole[0], *whole[3:]), True, True
             )
         assert torch.equal(out.h_n, whole.h_n[0])
         assert torch.equal(out.c_n, whole.c_n[0])
@@ -678,7 +682,7 @@ def test_cell(dtype, bias, B, I, H):  # noqa: E741
             assert torch.equal(a, b[0])
         for a, b in zip(gradients.weights[0], expected.weights[0], strict=True):
             assert (a is b is None) or torch.equal(a, b)
-    unsaved = layer_forward(x[0], h0[0], c0[0], weights, None, False, False)
+    unsaved = layer_forward(*arguments, False, False)
     torch.testing.assert_close(unsaved.output, whole.h_n[0])
 
 
@@ -710,11 +714,14 @@ def test_inputs_are_left_alone():
 
 # The C interface itself: outputs of any strides, and nothing written beside them
 
+MODIFIER_FIELDS = " lengths resets@ recurrent_mask+ zoneout_h@ zoneout_c@ cell_clip"
 FORWARD_FIELDS = """steps batch input_size hidden_size features reverse batch_sizes gates@ x@
 weight_ih bias_ih bias_hh weight_hh weight_hr h0+ c0+ h@ c@ activations@ h_n+ c_n+"""
+FORWARD_FIELDS += MODIFIER_FIELDS
 BACKWARD_FIELDS = """steps batch input_size hidden_size features reverse batch_sizes activations@ c@
 x@ h@ weight_ih weight_hh weight_hr h0+ c0+ grad_h@ grad_c@ grad_h_n+ grad_c_n+ grad_gates@
 whole_grad_h@ grad_x@ grad_weight_ih grad_weight_hh grad_bias grad_weight_hr grad_h0+ grad_c0+"""
+BACKWARD_FIELDS += MODIFIER_FIELDS
 
 
 def structure(fields, **values):
@@ -1016,6 +1023,7 @@ def test_activations_are_accurate_everywhere(dtype):
                 zeros,
                 torch.zeros(1, H, dtype=dtype),
                 None,
+                NO_MODIFIERS,
                 False,
                 True,
                 True,
@@ -1166,7 +1174,9 @@ torch.manual_seed(0)
 T, B, I, H = 30, 16, 32, 64
 weights = [(torch.randn(4 * H, I) / 8, torch.randn(4 * H, H) / 8, None, None, None)]
 x, h0, c0 = torch.randn(T, B, I), torch.zeros(1, B, H), torch.zeros(1, B, H)
-compute = lambda: layer_forward(x, h0, c0, weights, None, False, False).output
+compute = lambda: layer_forward(
+    x, h0, c0, weights, None, False, [(None,) * 6], False, False
+).output
 """
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,0 +1,280 @@
+"""Time what fused_lstm does beyond torch.nn.LSTM: beside its plain layer and beside today's way.
+
+Today's way is what has to be written with PyTorch alone: a loop over single steps where states are
+reset or all cell states are wanted, packing where lengths differ. Where both compute the same, ours
+is first checked against it in float64, results and gradients; what is wrong is not timed. One
+record, additions.json, goes to a folder named after the device. The exit status is 0; 1 if a result
+was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fused_lstm
+from benchmarks import cases, records, timing
+
+# T, B, I, H
+SIZES = (128, 64, 128, 128)
+MODES = cases.MODES
+DEFAULT_SECONDS = 3.0
+
+# Takes a layer, input, h_0 and c_0; returns the results that are compared and differentiated.
+Way = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """One thing that torch.nn.LSTM cannot do.
+
+    Attributes:
+        name: of its record.
+        ours: how it is asked for.
+        options: arguments of `fused_lstm.LSTM`.
+        todays: how it is done with PyTorch alone, and `todays_layer` with which layer; None where
+            masks are random, so that results could not be compared.
+        description: of today's way.
+    """
+
+    name: str
+    ours: Way
+    options: dict[str, Any]
+    todays: Way | None = None
+    todays_layer: type[nn.Module] = nn.LSTM
+    description: str = ""
+
+
+def list_additions(device: torch.device) -> list[Addition]:
+    """List what is timed: sequences of other lengths, episodes, cell states, regularizers."""
+    T, B, *_ = SIZES
+    generator = torch.Generator().manual_seed(0)
+    resets = (torch.rand(T, B, generator=generator) < 0.05).to(device)
+    keep = (~resets).unsqueeze(-1)
+    drawn = torch.randint(T // 4, T + 1, (B,), generator=generator)
+    drawn[0] = T
+    drawn_on_device, full = drawn.to(device), torch.full((B,), T, device=device)
+
+    def plain(layer: Any, x: Tensor, h: Tensor, c: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        output, states, *cells = layer(x, (h, c), **options)
+        return output, *states, *cells
+
+    def with_options(**options: Any) -> Way:
+        return lambda layer, x, h, c: plain(layer, x, h, c, **options)
+
+    def step_by_step(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        outputs = []
+        for x_t, keep_t in zip(x.unbind(0), keep, strict=True):
+            output, (h, c) = layer(x_t.unsqueeze(0), (h * keep_t, c * keep_t))
+            outputs.append(output)
+        return torch.cat(outputs), h, c
+
+    def packed(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        rows = pack_padded_sequence(x, drawn, enforce_sorted=False)
+        output, (h, c) = layer(rows, (h, c))
+        return pad_packed_sequence(output, total_length=x.shape[0])[0], h, c
+
+    def cell_by_cell(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        h, c = h[0], c[0]
+        hs, cs = [], []
+        for x_t in x.unbind(0):
+            h, c = layer(x_t, (h, c))
+            hs.append(h)
+            cs.append(c)
+        return torch.stack(hs), h.unsqueeze(0), c.unsqueeze(0), torch.stack(cs)
+
+    return [
+        Addition(
+            "resets",
+            with_options(resets=resets),
+            {},
+            step_by_step,
+            description="loop over nn.LSTM, states masked",
+        ),
+        Addition(
+            "lengths",
+            with_options(lengths=drawn_on_device),
+            {},
+            packed,
+            description="pack_padded_sequence, nn.LSTM, pad_packed_sequence",
+        ),
+        Addition("lengths-all-T", with_options(lengths=full), {}),
+        Addition(
+            "return_cells",
+            with_options(return_cells=True),
+            {},
+            cell_by_cell,
+            nn.LSTMCell,
+            "loop over nn.LSTMCell",
+        ),
+        Addition("recurrent_dropout", plain, {"recurrent_dropout": 0.25}),
+        Addition("weight_dropout", plain, {"weight_dropout": 0.5}),
+        Addition("zoneout", plain, {"zoneout": 0.1}),
+        Addition("cell_clip", plain, {"cell_clip": 3.0}),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.additions", description=__doc__)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--seconds", type=float, default=DEFAULT_SECONDS, help="for each addition and mode"
+    )
+    options = parser.parse_args(arguments)
+    return run(options.device, options.out, options.seconds)
+
+
+def run(device: torch.device, out: Path, seconds: float) -> int:
+    """Check and time all additions, write the record, print a table.
+
+    Args:
+        device: where to run.
+        out: folder of all devices' records.
+        seconds: time for each addition and mode.
+
+    Returns:
+        0, or 1 if a result was wrong.
+    """
+    environment = records.describe_environment(device)
+    measured = [
+        measure(addition, mode, device, seconds)
+        for addition in list_additions(device)
+        for mode in MODES
+    ]
+    records.write_json(
+        out / environment.slug / "additions.json",
+        {
+            "schema": records.SCHEMA,
+            "environment": asdict(environment),
+            "sizes": dict(zip("TBIH", SIZES, strict=True)),
+            "dtype": "float32",
+            "seconds_per_mode": seconds,
+            "additions": measured,
+        },
+    )
+    _print_table(measured)
+    return int(any(result["status"] == "wrong" for result in measured))
+
+
+def measure(addition: Addition, mode: str, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Time one addition, the same layer without it, and today's way, in turns."""
+    T, B, inputs, hidden = SIZES
+    case = cases.Case(cases.Shape(T, B, inputs, hidden), "float32")
+    data = cases.make_data(case, device)
+    parameters = cases.make_parameters(case, device)
+    training = mode == "training"
+    ours = fused_lstm.LSTM(inputs, hidden, device=device, **addition.options).train(training)
+    plain = fused_lstm.LSTM(inputs, hidden, device=device).train(training)
+    contenders: dict[str, tuple[nn.Module, Way]] = {
+        "ours": (ours, addition.ours),
+        "plain": (plain, lambda layer, x, h, c: _flat(layer(x, (h, c)))),
+    }
+    if addition.todays is not None:
+        todays = addition.todays_layer(inputs, hidden, device=device).train(training)
+        contenders["todays"] = (todays, addition.todays)
+    for layer, _ in contenders.values():
+        # A cell's parameters are named as a layer's are, without the layer's number.
+        values = iter(parameters.values())
+        layer.load_state_dict({name: next(values) for name in layer.state_dict()})
+    explanation = fused_lstm.explain(ours, data.inputs[0])
+    result: dict[str, Any] = {
+        "addition": addition.name,
+        "options": addition.options,
+        "mode": mode,
+        "backend": explanation.backend,
+        "todays_way": addition.description,
+        "status": "timed",
+    }
+    with torch.set_grad_enabled(training):
+        if addition.todays is not None:
+            worst = _error_over_budget(contenders, data)
+            result["error_over_budget"] = worst
+            # Written so that NaN is wrong.
+            if not worst <= 1:
+                result["status"] = "wrong"
+                return result
+        calls = {
+            name: lambda _, layer=layer, way=way: _call(layer, way, data.inputs)
+            for name, (layer, way) in contenders.items()
+        }
+        samples = timing.time_in_turns(calls, device, seconds)
+    times = {name: timing.percentiles(taken.seconds) for name, taken in samples.items()}
+    result["seconds"] = {name: asdict(time) for name, time in times.items()}
+    result["repetitions"] = len(samples["ours"].seconds)
+    result["over_plain"] = times["ours"].p50 / times["plain"].p50
+    if "todays" in times:
+        result["ratio"] = times["todays"].p50 / times["ours"].p50
+    return result
+
+
+def _flat(results: Any) -> tuple[Tensor, ...]:
+    output, states, *rest = results
+    return output, *states, *rest
+
+
+def _call(layer: nn.Module, way: Way, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Call a layer; with gradients enabled, run the backward pass too. This is what is timed."""
+    results = way(layer, *inputs)
+    if not torch.is_grad_enabled():
+        return results
+    gradients = torch.autograd.grad(
+        results, (*inputs, *layer.parameters()), [torch.ones_like(r) for r in results]
+    )
+    return (*results, *gradients)
+
+
+def _error_over_budget(contenders: dict[str, tuple[nn.Module, Way]], data: cases.Data) -> float:
+    """The largest error of ours against today's way in float64, over what it may be."""
+    (layer, way), (todays, todays_way) = contenders["ours"], contenders["todays"]
+    actual = _call(layer, way, data.inputs)
+    native = _call(todays, todays_way, data.inputs)
+    exact = _call(todays.double(), todays_way, data.to(torch.float64).inputs)
+    todays.float()
+    budgets = cases.error_budgets(cases.largest_errors(native, exact), exact, torch.float32)
+    errors = cases.largest_errors(actual, exact)
+    ratios = [error / budget for error, budget in zip(errors, budgets, strict=True)]
+    # The maximum of a list with NaN in it depends on the order.
+    return math.inf if any(map(math.isnan, ratios)) else max(ratios)
+
+
+def _print_table(measured: list[dict[str, Any]]) -> None:
+    table = Table(title="T {}, B {}, I {}, H {}, float32".format(*SIZES))
+    for column in (
+        "addition",
+        "mode",
+        "backend",
+        "ms",
+        "× plain time",
+        "× faster than today's way",
+    ):
+        table.add_column(column, justify="left" if column in ("addition", "mode") else "right")
+    for result in measured:
+        if result["status"] == "wrong":
+            table.add_row(result["addition"], result["mode"], result["backend"], "WRONG", "", "")
+            continue
+        table.add_row(
+            result["addition"],
+            result["mode"],
+            result["backend"],
+            f"{1e3 * result['seconds']['ours']['p50']:.2f}",
+            f"{result['over_plain']:.2f}",
+            f"{result['ratio']:.1f}  ({result['todays_way']})" if "ratio" in result else "",
+        )
+    Console(width=150 if not sys.stdout.isatty() else None).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
