@@ -453,7 +453,11 @@ def test_sizes_that_are_worth_several_threads(reverse, projected, names):
     for name, *results in zip(
         ["h", "c", "h_n", "c_n", *arguments], actual, native, exact, strict=True
     ):
-        assert_within_budget(*results, name)
+        got, native_result, wanted = results
+        # The oracle adds up 70 rows at a time, a product of all steps 630: some roundings more.
+        budget = 2 * (native_result.double() - wanted).abs().max()
+        budget += 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        assert (got.double() - wanted).abs().max() <= budget, name
 
 
 def test_without_gradients():
