@@ -64,6 +64,7 @@ format: $(READY)
 
 bench: venv
 	$(BIN)/python -m benchmarks.compare --device cpu --out $(RESULTS) $(ARGS)
+	$(BIN)/python -m benchmarks.additions --device cpu --out $(RESULTS)
 
 # Offline, in the Python at hand: nothing is downloaded, its torch and triton are used as they are.
 # The timing runs even where a test failed, and the exit status says so.

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_lstm
 from benchmarks import cases, records, timing
+from benchmarks.compare import device_argument, positive_number
 
 # T, B, I, H
 SIZES = (128, 64, 128, 128)
@@ -128,10 +129,23 @@ def list_additions(device: torch.device) -> list[Addition]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.additions", description=__doc__)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument(
-        "--seconds", type=float, default=DEFAULT_SECONDS, help="for each addition and mode"
+        "--device",
+        type=device_argument,
+        default=torch.device("cpu"),
+        help="cpu (default), cuda or cuda:N",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder of the records (default: benchmarks/results)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive_number,
+        default=DEFAULT_SECONDS,
+        help=f"time for each addition and mode (default: {DEFAULT_SECONDS:g})",
     )
     options = parser.parse_args(arguments)
     return run(options.device, options.out, options.seconds)
@@ -241,7 +255,7 @@ def _error_over_budget(contenders: dict[str, tuple[nn.Module, Way]], data: cases
     (layer, way), (todays, todays_way) = contenders["ours"], contenders["todays"]
     actual = _call(layer, way, data.inputs)
     native = _call(todays, todays_way, data.inputs)
-    exact = _call(todays.double(), todays_way, data.to(torch.float64).inputs)
+    exact = [t.detach() for t in _call(todays.double(), todays_way, data.to(torch.float64).inputs)]
     todays.float()
     budgets = cases.error_budgets(cases.largest_errors(native, exact), exact, torch.float32)
     errors = cases.largest_errors(actual, exact)

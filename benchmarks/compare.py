@@ -409,7 +409,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda or cuda:N"
+        "--device",
+        type=device_argument,
+        default=torch.device("cpu"),
+        help="cpu (default), cuda or cuda:N",
     )
     parser.add_argument(
         "--out",
@@ -419,12 +422,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seconds",
-        type=_positive_number,
+        type=positive_number,
         help="time for each case and mode (default: 2 on a CPU, 0.3 on a GPU)",
     )
     parser.add_argument(
         "--budget",
-        type=_positive_number,
+        type=positive_number,
         help="seconds for the whole run (default: 420 on a CPU, 150 on a GPU)",
     )
     parser.add_argument(
@@ -459,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _device(text: str) -> torch.device:
+def device_argument(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -469,7 +472,7 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _positive_number(text: str) -> float:
+def positive_number(text: str) -> float:
     try:
         number = float(text)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import fused_lstm
-from benchmarks import cases, compare, records, timing
+from benchmarks import additions, cases, compare, records, timing
 from benchmarks.cases import Case, Provider, Shape
 from benchmarks.records import Environment, Result
 
@@ -430,3 +431,39 @@ def test_default_cases_on_a_cpu_begin_with_the_headline_shapes() -> None:
     assert chosen[: len(headline)] == headline
     # A dtype that is asked for is that of every shape.
     assert [case.shape for case in cases.list_cases("cpu", ["float64"])] == list(cases.CPU_SHAPES)
+
+
+def test_additions_are_checked_timed_and_recorded(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(additions, "SIZES", (5, 3, 4, 6))
+    assert additions.main(["--out", str(tmp_path), "--seconds", "0.01"]) == 0
+    record = read_records(tmp_path)["additions.json"]
+    assert record["sizes"] == {"T": 5, "B": 3, "I": 4, "H": 6}
+    measured = {(each["addition"], each["mode"]): each for each in record["additions"]}
+    names = ("resets", "lengths", "return_cells", "zoneout", "recurrent_dropout")
+    printed = capsys.readouterr().out
+    for name, mode in itertools.product(names, cases.MODES):
+        result = measured[name, mode]
+        assert result["status"] == "timed"
+        assert result["over_plain"] > 0
+        assert set(result["seconds"]) >= {"ours", "plain"}
+        assert name in printed
+        if result["todays_way"]:
+            assert result["ratio"] > 0
+            assert 0 < result["error_over_budget"] <= 1
+
+
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_a_wrong_addition_is_not_timed(tmp_path, monkeypatch, capsys, factor) -> None:
+    class Wrong(fused_lstm.LSTM):
+        def forward(self, input, hx=None, **options):
+            output, *rest = super().forward(input, hx, **options)
+            return output * factor, *rest
+
+    monkeypatch.setattr(additions, "SIZES", (5, 3, 4, 6))
+    monkeypatch.setattr(additions.fused_lstm, "LSTM", Wrong)
+    assert additions.main(["--out", str(tmp_path), "--seconds", "0.01"]) == 1
+    record = read_records(tmp_path)["additions.json"]
+    wrong = {each["addition"] for each in record["additions"] if each["status"] == "wrong"}
+    assert wrong == {"resets", "lengths", "return_cells"}
+    assert all("seconds" not in e for e in record["additions"] if e["status"] == "wrong")
+    assert "WRONG" in capsys.readouterr().out

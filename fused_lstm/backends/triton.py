@@ -12,10 +12,13 @@ from fused_lstm.backends.base import (
     Backend,
     BackwardArguments,
     ForwardArguments,
+    LayerNormBackwardArguments,
+    LayerNormForwardArguments,
     Problem,
     RecurrenceGradients,
     Support,
 )
+from fused_lstm.layer_norm_reference import LayerNormForward, LayerNormGradients
 from fused_lstm.reference import RecurrenceForward
 
 __all__ = ["TritonBackend"]
@@ -25,6 +28,9 @@ __all__ = ["TritonBackend"]
 VERIFIED_ARCHITECTURES: frozenset[str] = frozenset()
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Hidden units whose rows a normalizing program holds without spilling; see its `row_config`.
+_MAX_NORMALIZED = 2048
 
 # What the interpreter is launched for: any architecture's configuration computes the same.
 _INTERPRETED_ARCH = "sm_90"
@@ -39,8 +45,12 @@ class TritonBackend(Backend):
     def supports(self, problem: Problem) -> Support:
         if problem.dtype not in _DTYPES:
             return Support(False, f"{problem.dtype} is not one of float32, float16, bfloat16")
-        if "layer_norm" in problem.additions:
-            return Support(False, "the kernels have no layer normalization")
+        if "layer_norm" in problem.additions and problem.hidden_size > _MAX_NORMALIZED:
+            return Support(
+                False,
+                f"{problem.hidden_size} hidden units are more than the {_MAX_NORMALIZED} whose "
+                "normalization fits into registers",
+            )
         if problem.proj_size:
             return Support(False, f"proj_size={problem.proj_size}: the kernels have no projection")
         interpreted = problem.device.type == "cpu" and "TRITON_INTERPRET" in os.environ
@@ -87,6 +97,24 @@ class TritonBackend(Backend):
         )
         return RecurrenceGradients(grad_gates, grad_h0, grad_c0, None)
 
+    @override
+    def layer_norm_forward(self, arguments: LayerNormForwardArguments) -> LayerNormForward:
+        from fused_lstm.kernels import triton as kernels
+
+        *inputs, norm, save = arguments
+        return LayerNormForward(
+            *kernels.layer_norm_forward(*inputs, *norm, save, input_precision=_input_precision())
+        )
+
+    @override
+    def layer_norm_backward(self, arguments: LayerNormBackwardArguments) -> LayerNormGradients:
+        from fused_lstm.kernels import triton as kernels
+
+        *inputs, norm = arguments
+        return LayerNormGradients(
+            *kernels.layer_norm_backward(*inputs, *norm, input_precision=_input_precision())
+        )
+
 
 def _input_precision() -> str:
     """How float32 operands enter the tensor cores: as cuDNN's recurrent layers do."""
@@ -96,8 +124,11 @@ def _input_precision() -> str:
 
 def _plan(problem: Problem) -> str:
     """Describe the launch that `problem` gets."""
+    if "layer_norm" in problem.additions:
+        return "layer-norm kernels, two launches per step"
     from fused_lstm.kernels.triton.config import select_launch_config
 
+    others = set(problem.additions) - {"return_cells"}
     config = select_launch_config(
         "forward",
         batch=problem.batch,
@@ -105,6 +136,7 @@ def _plan(problem: Problem) -> str:
         dtype=problem.dtype,
         arch=problem.device.arch or _INTERPRETED_ARCH,
         input_precision=_input_precision(),
+        modifiers="none" if not others else "lengths" if others == {"lengths"} else "any",
     )
     launches = "one launch for all steps" if config.scope == "sequence" else "one launch per step"
     return f"{config.scope} kernel, {launches}"

@@ -1,6 +1,6 @@
 """Compiles every shipped configuration for an architecture, without a GPU, and reports its cost.
 
-    python -m fused_lstm.kernels.triton.compile_ahead --arch sm_90 [--json]
+    python -m fused_lstm.kernels.triton.compile_ahead --arch sm_90 [--modifiers any] [--json]
 
 Registers, spills and shared memory are the compiler's own account: of ptxas, read by the cuobjdump
 in Triton's wheel, or the metadata of an AMD code object.
@@ -22,7 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from .config import ARCHITECTURES, SHARED_MEMORY, ShippedConfig, shipped_configs
+from .config import (
+    ARCHITECTURES,
+    MODIFIERS,
+    SHARED_MEMORY,
+    Modifiers,
+    ShippedConfig,
+    shipped_configs,
+)
 from .sequence import lstm_backward_sequence_kernel, lstm_forward_sequence_kernel
 from .step import lstm_backward_step_kernel, lstm_forward_step_kernel
 
@@ -33,8 +40,22 @@ KERNELS = {
     ("backward", "step"): lstm_backward_step_kernel,
 }
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Tensors that are float32 whatever the input's dtype.
-FLOAT32_POINTERS = {"c_ptr", "c_state_ptr", "dc_ptr", "grad_c_ptr"}
+# Tensors that are float32 whatever the input's dtype, and those of zoneout, which may be.
+FLOAT32_POINTERS = {
+    "c_ptr",
+    "c_state_ptr",
+    "dc_ptr",
+    "dh_kept_ptr",
+    "grad_c_ptr",
+    "zoneout_h_ptr",
+    "zoneout_c_ptr",
+}
+OTHER_TYPES = {
+    "batch_sizes_ptr": "*i64",
+    "lengths_ptr": "*i64",
+    "resets_ptr": "*u8",
+    "cell_clip": "fp32",
+}
 # Everything a kernel can be asked to do at once.
 WORST_FLAGS = {
     "PACKED": True,
@@ -46,6 +67,25 @@ WORST_FLAGS = {
     "HAS_GRAD_H_N": True,
     "HAS_GRAD_C_N": True,
     "ONLY_GRAD_H0": False,
+    "HAS_LENGTHS": False,
+    "HAS_RESETS": False,
+    "HAS_RECURRENT_MASK": False,
+    "HAS_ZONEOUT_H": False,
+    "HAS_ZONEOUT_C": False,
+    "HAS_CELL_CLIP": False,
+}
+# What each kind of modifiers adds to them; lengths and a packed sequence exclude each other.
+ANYWHERE = {
+    "HAS_RESETS": True,
+    "HAS_RECURRENT_MASK": True,
+    "HAS_ZONEOUT_H": True,
+    "HAS_ZONEOUT_C": True,
+    "HAS_CELL_CLIP": True,
+}
+MODIFIER_FLAGS: dict[Modifiers, list[dict[str, bool]]] = {
+    "none": [{}],
+    "lengths": [{"PACKED": False, "HAS_LENGTHS": True}],
+    "any": [ANYWHERE, {"PACKED": False, "HAS_LENGTHS": True, **ANYWHERE}],
 }
 
 
@@ -59,6 +99,7 @@ class Report:
         dtype: of the input.
         input_precision: of float32 products.
         aligned: whether H and the strides are multiples of 16.
+        modifiers: what modifies the recurrence, as `select_launch_config` is told.
         config: the configuration's fields.
         registers: of one thread (AMD: vector registers).
         spill_bytes: memory of one thread that registers overflowed into.
@@ -72,6 +113,7 @@ class Report:
     dtype: str
     input_precision: str
     aligned: bool
+    modifiers: str
     config: dict[str, int | str]
     registers: int
     spill_bytes: int
@@ -113,8 +155,8 @@ def source_of(
             constexprs[name] = 1
             continue
         pointer = name.endswith("_ptr")
-        if name == "batch_sizes_ptr":
-            signature[name] = "*i64"
+        if name in OTHER_TYPES:
+            signature[name] = OTHER_TYPES[name]
         elif pointer:
             signature[name] = "*" + ("fp32" if name in FLOAT32_POINTERS else TYPES[dtype])
         else:
@@ -146,6 +188,7 @@ def compile_shipped(shipped: ShippedConfig, **flags: bool) -> Report:
         dtype=TYPES[shipped.dtype],
         aligned=shipped.aligned,
         input_precision=shipped.input_precision,
+        modifiers=shipped.modifiers,
         config=asdict(config),
         registers=registers,
         spill_bytes=spill_bytes,
@@ -180,18 +223,25 @@ def _amd_usage(asm: dict) -> tuple[int, int, int]:
     return field("vgpr_count"), spilled, len(re.findall(r"\bv_s?mfma", text))
 
 
-def compile_all(arch: str) -> Iterable[Report]:
-    """Compiles every configuration that ships for `arch`."""
-    for shipped in shipped_configs(arch):
-        # Compiling the unaligned half for float16 too would tell nothing that bfloat16 does not.
-        if shipped.aligned or shipped.dtype != torch.float16:
-            yield compile_shipped(shipped)
+def compile_all(arch: str, modifiers: Modifiers = "none") -> Iterable[Report]:
+    """Compiles every configuration that ships for `arch` and `modifiers`."""
+    for shipped in shipped_configs(arch, modifiers):
+        # Compiling the unaligned half for float16 too would tell nothing that bfloat16 does not,
+        # nor would the modifiers.
+        alike = shipped.dtype == torch.float16
+        if alike and not (shipped.aligned and modifiers == "none"):
+            continue
+        for flags in MODIFIER_FLAGS[modifiers]:
+            yield compile_shipped(shipped, **flags)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the reports; returns 1 if a kernel spills or asks for too much shared memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", required=True, help=f"such as {', '.join(ARCHITECTURES)}")
+    parser.add_argument(
+        "--modifiers", choices=MODIFIERS, default="none", help="what modifies the recurrence"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(arguments)
     reports = []
@@ -199,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{'kernel':32}{'type':10}{'H':>5}{'tile':>12}{'warps':>6}{'regs':>6}{'spill':>7}{'shared':>8}"
         )
-    for report in compile_all(options.arch):
+    for report in compile_all(options.arch, options.modifiers):
         reports.append(report)
         if not options.json:
             config = report.config

@@ -13,9 +13,13 @@ import torch
 
 Direction = Literal["forward", "backward"]
 Scope = Literal["sequence", "step"]
+# What modifies the recurrence: nothing, lengths alone, or any of resets, a recurrent mask, zoneout
+# and a clip, with lengths or without. Registers that they take are not there for W_hh.
+Modifiers = Literal["none", "lengths", "any"]
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 SCOPES: tuple[Scope, ...] = ("sequence", "step")
+MODIFIERS: tuple[Modifiers, ...] = ("none", "lengths", "any")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INPUT_PRECISIONS = ("ieee", "tf32")
 # Architectures that every configuration is compiled for by `compile_ahead`.
@@ -64,6 +68,7 @@ class ShippedConfig:
         input_precision: of float32 products; "ieee" for other dtypes.
         arch: the architecture.
         aligned: whether H is a multiple of 16.
+        modifiers: what modifies the recurrence.
         config: the configuration.
     """
 
@@ -72,30 +77,39 @@ class ShippedConfig:
     input_precision: str
     arch: str
     aligned: bool
+    modifiers: Modifiers
     config: LaunchConfig
 
 
 def sequence_config(
-    direction: Direction, math: str, block_h: int, amd: bool, aligned: bool
+    direction: Direction, math: str, block_h: int, amd: bool, aligned: bool, modifiers: Modifiers
 ) -> LaunchConfig:
     """The sequence kernel's configuration for H up to `block_h`."""
     # 16 batch rows are what one tensor-core instruction takes. Warps divide the hidden units,
     # so that each holds its share of W_hh in registers.
     if math == "ieee" and not amd:
         # No tensor cores: threads that multiply element by element keep W_hh in shared memory.
-        return LaunchConfig("sequence", 16, block_h, 0, 8, 1, 0)
+        # Eight warps, but where the compiler then does not find the registers for the modifiers.
+        fails = not aligned and modifiers == ("any" if direction == "forward" else "lengths")
+        return LaunchConfig("sequence", 16, block_h, 0, 4 if fails else 8, 1, 0)
     if amd:
         return LaunchConfig("sequence", 16, block_h, 0, max(1, block_h // 16), 1, 4)
     if block_h == 128:
         # All four gates' parts would take 128 of a thread's 255 registers: too many.
         in_registers = 2 if direction == "forward" else 3
+        if modifiers == "any" and direction == "backward":
+            in_registers = 1
         return LaunchConfig("sequence", 16, block_h, 0, 8, 1, in_registers)
     # Twice the warps for 64 units, but where the compiler then stops at 128 registers and spills.
     stops = direction == "forward" and math == "16-bit" and aligned
-    return LaunchConfig("sequence", 16, block_h, 0, 8 if block_h == 64 and not stops else 4, 1, 4)
+    num_warps = 8 if block_h == 64 and not stops else 4
+    in_registers = 3 if block_h == 64 and math == "tf32" and modifiers == "any" else 4
+    return LaunchConfig("sequence", 16, block_h, 0, num_warps, 1, in_registers)
 
 
-def step_config(math: str, block_b: int, amd: bool, aligned: bool) -> LaunchConfig:
+def step_config(
+    direction: Direction, math: str, block_b: int, amd: bool, aligned: bool, modifiers: Modifiers
+) -> LaunchConfig:
     """The step kernel's configuration for tiles of `block_b` batch rows."""
     # A small batch has few tiles: narrow ones spread W_hh over more of the GPU.
     block_h = 16 if block_b == 16 else 32
@@ -106,8 +120,14 @@ def step_config(math: str, block_b: int, amd: bool, aligned: bool) -> LaunchConf
     if math == "16-bit" and not aligned:
         # Addresses of single elements take more registers.
         block_k = 64
+    num_stages = 2 if amd else 3
+    if not amd and modifiers == "any" and direction == "forward":
+        # The recurrent mask has a tile of its own beside that of h.
+        block_k //= 2
+    if modifiers != "none" and math != "16-bit":
+        num_stages = 2
     num_warps = 4 if amd or block_b == 16 else 8
-    return LaunchConfig("step", block_b, block_h, block_k, num_warps, 2 if amd else 3)
+    return LaunchConfig("step", block_b, block_h, block_k, num_warps, num_stages)
 
 
 def sequence_blocks(math: str, arch: str, aligned: bool) -> tuple[int, ...]:
@@ -152,6 +172,7 @@ def select_launch_config(
     arch: str,
     input_precision: str,
     scope: Scope | None = None,
+    modifiers: Modifiers = "none",
 ) -> LaunchConfig:
     """Chooses the kernel and its tiles.
 
@@ -163,6 +184,7 @@ def select_launch_config(
         arch: the GPU's name for compilers, such as "sm_90" or "gfx942".
         input_precision: of float32 products, "ieee" or "tf32".
         scope: "sequence" or "step" to name the kernel; None for the best.
+        modifiers: what modifies the recurrence: "none", "lengths" if they alone do, else "any".
 
     Raises:
         ValueError: if an argument is not one of those named here, or if `scope` is "sequence"
@@ -170,6 +192,8 @@ def select_launch_config(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    if modifiers not in MODIFIERS:
+        raise ValueError(f"modifiers must be one of {MODIFIERS}, got {modifiers!r}")
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES} or None, got {scope!r}")
     math = math_of(dtype, input_precision)
@@ -178,7 +202,7 @@ def select_launch_config(
     blocks = sequence_blocks(math, arch, aligned)
     for block_h in blocks:
         if hidden <= block_h and scope != "step":
-            return sequence_config(direction, math, block_h, amd, aligned)
+            return sequence_config(direction, math, block_h, amd, aligned, modifiers)
     if scope == "sequence":
         largest = blocks[-1]
         need = 4 * hidden * hidden * dtype.itemsize
@@ -191,18 +215,22 @@ def select_launch_config(
         )
     blocks = step_blocks(aligned)
     block_b = next((block for block in blocks if batch <= block), blocks[-1])
-    return step_config(math, block_b, amd, aligned)
+    return step_config(direction, math, block_b, amd, aligned, modifiers)
 
 
-def shipped_configs(arch: str) -> Iterator[ShippedConfig]:
-    """Every configuration that `select_launch_config` can return on `arch`."""
+def shipped_configs(arch: str, modifiers: Modifiers = "none") -> Iterator[ShippedConfig]:
+    """Every configuration that `select_launch_config` can return on `arch` for `modifiers`."""
     amd = arch.startswith("gfx")
     for direction, dtype, aligned in itertools.product(DIRECTIONS, DTYPES, (True, False)):
         for input_precision in INPUT_PRECISIONS if dtype == torch.float32 else ("ieee",):
             math = math_of(dtype, input_precision)
             for block_h in sequence_blocks(math, arch, aligned):
-                config = sequence_config(direction, math, block_h, amd, aligned)
-                yield ShippedConfig(direction, dtype, input_precision, arch, aligned, config)
+                config = sequence_config(direction, math, block_h, amd, aligned, modifiers)
+                yield ShippedConfig(
+                    direction, dtype, input_precision, arch, aligned, modifiers, config
+                )
             for block_b in step_blocks(aligned):
-                config = step_config(math, block_b, amd, aligned)
-                yield ShippedConfig(direction, dtype, input_precision, arch, aligned, config)
+                config = step_config(direction, math, block_b, amd, aligned, modifiers)
+                yield ShippedConfig(
+                    direction, dtype, input_precision, arch, aligned, modifiers, config
+                )

@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from .config import LaunchConfig, Scope, select_launch_config
+from .config import LaunchConfig, Modifiers, Scope, select_launch_config
 from .sequence import lstm_backward_sequence_kernel, lstm_forward_sequence_kernel
 from .step import lstm_backward_step_kernel, lstm_forward_step_kernel
 
@@ -50,6 +50,64 @@ def _row_strides(x: torch.Tensor, packed: bool) -> tuple[int, int]:
     return (x.stride(0), x.stride(0)) if packed else (x.stride(0), x.stride(1))
 
 
+def _kind_of_modifiers(lengths: torch.Tensor | None, *others: object) -> Modifiers:
+    """What is given of the modifiers, as the choice of a configuration asks for it."""
+    if any(x is not None for x in others):
+        return "any"
+    return "none" if lengths is None else "lengths"
+
+
+def _modifiers(
+    lengths: torch.Tensor | None,
+    resets: torch.Tensor | None,
+    recurrent_mask: torch.Tensor | None,
+    zoneout_h: torch.Tensor | None,
+    zoneout_c: torch.Tensor | None,
+    cell_clip: float | None,
+    *,
+    packed: bool,
+    unread: torch.Tensor,
+) -> dict[str, object]:
+    """What modifies the recurrence, as the kernels' arguments by name.
+
+    Args:
+        lengths: as `lstm_forward` takes it, like all up to `cell_clip`.
+        resets: likewise.
+        recurrent_mask: likewise.
+        zoneout_h: likewise.
+        zoneout_c: likewise.
+        cell_clip: likewise.
+        packed: whether the rows are those of a packed sequence.
+        unread: the address of what is not given, and not read.
+    """
+    if lengths is not None and packed:
+        raise ValueError("lengths are for padded gates: with batch_sizes they must be None")
+    arguments: dict[str, object] = {
+        "HAS_LENGTHS": lengths is not None,
+        "HAS_RESETS": resets is not None,
+        "HAS_RECURRENT_MASK": recurrent_mask is not None,
+        "HAS_ZONEOUT_H": zoneout_h is not None,
+        "HAS_ZONEOUT_C": zoneout_c is not None,
+        "HAS_CELL_CLIP": cell_clip is not None,
+        "lengths_ptr": unread if lengths is None else lengths.contiguous(),
+        "cell_clip": 0.0 if cell_clip is None else float(cell_clip),
+    }
+    if recurrent_mask is not None:
+        recurrent_mask = _unit_columns(recurrent_mask)
+    arguments["recurrent_mask_ptr"] = unread if recurrent_mask is None else recurrent_mask
+    arguments["recurrent_mask_stride_b"] = 0 if recurrent_mask is None else recurrent_mask.stride(0)
+    for name, x in ("resets", resets), ("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c):
+        stride_t, stride_b = 0, 0
+        if x is not None:
+            # A reset is one element of a row: it has no columns.
+            x = x.view(torch.uint8) if name == "resets" else _unit_columns(x)
+            stride_t, stride_b = _row_strides(x, packed)
+        arguments[f"{name}_ptr"] = unread if x is None else x
+        arguments[f"{name}_stride_t"] = stride_t
+        arguments[f"{name}_stride_b"] = stride_b
+    return arguments
+
+
 class _Step(NamedTuple):
     """A time step: its place in time, its first row among all, how many rows are active in it."""
 
@@ -81,6 +139,12 @@ def lstm_forward(
     c0: torch.Tensor,
     *,
     batch_sizes: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    resets: torch.Tensor | None = None,
+    recurrent_mask: torch.Tensor | None = None,
+    zoneout_h: torch.Tensor | None = None,
+    zoneout_c: torch.Tensor | None = None,
+    cell_clip: float | None = None,
     reverse: bool = False,
     save_activations: bool = True,
     save_cells: bool = True,
@@ -94,6 +158,15 @@ def lstm_forward(
         c_t = f * c_{t-1} + i * g
         h_t = o * tanh(c_t)
 
+    With everything that can modify it, at the steps t < lengths of a row:
+
+        h', c' = 0, 0 where resets_t, else h_{t-1}, c_{t-1}
+        a_t = gates_t + (h' * recurrent_mask) W_hh^T
+        c^  = clip(f * c' + i * g, -cell_clip, cell_clip)
+        h^  = o * tanh(c^)
+        c_t = zoneout_c_t * c' + (1 - zoneout_c_t) * c^
+        h_t = zoneout_h_t * h' + (1 - zoneout_h_t) * h^
+
     Products accumulate, and c is carried, in float32; h is rounded once, where it is stored.
 
     Args:
@@ -104,7 +177,16 @@ def lstm_forward(
         c0: [B, H] same dtype, initial cell state.
         batch_sizes: [T] int64 on the CPU, not increasing, for packed rows: the number of rows at
             each time, as in torch.nn.utils.rnn.PackedSequence.
-        reverse: runs from the last step to the first; a packed row begins at its own last step.
+        lengths: [B] int64 on the device of the gates, 0 to T: the steps of each row, without
+            batch_sizes. At later ones the results are exactly 0, and the gates are not read.
+        resets: [T, B] or [N] bool, any strides: steps that begin with a state of zeros.
+        recurrent_mask: [B, H], dtype of the gates: factor of h_{t-1} where it enters W_hh.
+        zoneout_h: [T, B, H] or [N, H] in [0, 1], any strides of T and B (0 too), dtype of the gates
+            or float32: the share of h_{t-1} in h_t.
+        zoneout_c: likewise, the share of c_{t-1} in c_t.
+        cell_clip: the largest magnitude of the new cell state.
+        reverse: runs from the last step to the first; a row that is packed or has a length begins
+            at its own last step.
         save_activations: returns the gates after activation, which the backward needs.
         save_cells: returns the cell states, which the backward needs.
         input_precision: of float32 products, "ieee" or "tf32".
@@ -114,10 +196,11 @@ def lstm_forward(
         h: like gates, with H columns: output states, contiguous.
         c: same shape, float32: cell states; of shape (0,) unless save_cells.
         activations: like gates, contiguous: i, f, g, o; of shape (0,) unless save_activations.
-        h_n, c_n: [B, H] final state.
+        h_n, c_n: [B, H] final state; the initial one of rows without a step.
 
     Raises:
-        ValueError: if a dtype, `input_precision` or `scope` cannot be had, or without a GPU.
+        ValueError: if a dtype, `input_precision` or `scope` cannot be had, without a GPU, or for
+            lengths together with batch_sizes.
     """
     packed = batch_sizes is not None
     B, H = h0.shape
@@ -131,6 +214,9 @@ def lstm_forward(
         arch=_arch(gates.device),
         input_precision=input_precision,
         scope=scope,
+        modifiers=_kind_of_modifiers(
+            lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip
+        ),
     )
     leading = gates.shape[:-1]
     h = gates.new_empty(*leading, H)
@@ -142,6 +228,10 @@ def lstm_forward(
     c_n = gates.new_empty(B, H)
     gates, h0, c0 = _unit_columns(gates), _unit_columns(h0), _unit_columns(c0)
     strides = _row_strides(gates, packed)
+    modifiers = _modifiers(
+        lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip,
+        packed=packed, unread=gates,
+    )  # fmt: skip
     flags = {
         "SAVE_ACTIVATIONS": save_activations,
         "SAVE_CELLS": save_cells,
@@ -154,17 +244,21 @@ def lstm_forward(
             lstm_forward_sequence_kernel[(triton.cdiv(B, config.BLOCK_B),)](
                 gates, weight_hh, h0, c0, h, c, activations, h_n, c_n, sizes,
                 T, B, N, H, *strides, *weight_hh.stride(), h0.stride(0), c0.stride(0),
-                PACKED=packed, REVERSE=reverse, **flags, **_sequence_options(config),
+                PACKED=packed, REVERSE=reverse, **flags, **modifiers, **_sequence_options(config),
             )  # fmt: skip
         else:
             c_state = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            if lengths is not None:
+                # Of a row without a step no launch stores the final state: it is the initial one.
+                h_n.copy_(h0)
+                c_n.copy_(c0)
             for before, step, after in _steps(T, B, batch_sizes, reverse):
                 lstm_forward_step_kernel[_step_grid(config, step.n, H)](
                     gates, weight_hh, h0, h, c_state, c, activations, h_n, c_n,
-                    step.row if packed else step.t, step.row, before.row,
-                    step.n, before.n, after.n,
+                    *(s.row if packed else s.t for s in (step, before, after)),
+                    step.row, before.row, step.n, before.n, after.n,
                     H, *strides, *weight_hh.stride(), h0.stride(0),
-                    **flags, **_step_options(config),
+                    **flags, **modifiers, **_step_options(config),
                 )  # fmt: skip
     return h, c, activations, h_n, c_n
 
@@ -180,6 +274,12 @@ def lstm_backward(
     c0: torch.Tensor,
     *,
     batch_sizes: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    resets: torch.Tensor | None = None,
+    recurrent_mask: torch.Tensor | None = None,
+    zoneout_h: torch.Tensor | None = None,
+    zoneout_c: torch.Tensor | None = None,
+    cell_clip: float | None = None,
     reverse: bool = False,
     input_precision: str = "ieee",
     scope: Scope | None = None,
@@ -192,8 +292,16 @@ def lstm_backward(
         da_g = dc * i * (1 - g^2);              da_o = dh * tanh(c_t) * o * (1 - o)
         dc_t = dc * f
 
+    With everything that can modify it (h', c' and c^ as in `lstm_forward`):
+
+        dc^ = (1 - zoneout_c_t) * dc + (1 - zoneout_h_t) * dh * o * (1 - tanh(c^)^2),
+              0 where c^ was held at +-cell_clip: dc of da_i, da_f (with c'), da_g
+        dh^ = (1 - zoneout_h_t) * dh: dh of da_o (with c^)
+        passed back to h_{t-1}: recurrent_mask * (dgates_t W_hh) + zoneout_h_t * dh
+        passed back to c_{t-1}: dc^ * f + zoneout_c_t * dc;  both 0 where resets_t
+
     The gradient of weight_hh is one product of the result: the sum over all steps of
-    dgates_t^T h_{t-1}.
+    dgates_t^T h_{t-1}, or dgates_t^T (h' * recurrent_mask).
 
     Args:
         grad_h: [T, B, H] or [N, H], gradient of h, any strides; None for zero.
@@ -205,16 +313,25 @@ def lstm_backward(
         weight_hh: [4H, H], any strides.
         c0: [B, H] initial cell state.
         batch_sizes: as in `lstm_forward`.
+        lengths: as in `lstm_forward`; at steps past a length dgates are exactly 0, and grad_h and
+            grad_c are not read.
+        resets: as in `lstm_forward`.
+        recurrent_mask: as in `lstm_forward`.
+        zoneout_h: as in `lstm_forward`.
+        zoneout_c: as in `lstm_forward`.
+        cell_clip: as in `lstm_forward`.
         reverse: as in `lstm_forward`.
         input_precision: as in `lstm_forward`.
         scope: as in `lstm_forward`.
 
     Returns:
         dgates: like activations: gradient of gates, contiguous.
-        dh0, dc0: [B, H] gradients of the initial state.
+        dh0, dc0: [B, H] gradients of the initial state; those of the final one for rows without a
+            step.
 
     Raises:
-        ValueError: if a dtype, `input_precision` or `scope` cannot be had, or without a GPU.
+        ValueError: if a dtype, `input_precision` or `scope` cannot be had, without a GPU, or for
+            lengths together with batch_sizes.
     """
     packed = batch_sizes is not None
     B, H = c0.shape
@@ -228,6 +345,9 @@ def lstm_backward(
         arch=_arch(activations.device),
         input_precision=input_precision,
         scope=scope,
+        modifiers=_kind_of_modifiers(
+            lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip
+        ),
     )
     dgates = torch.empty_like(activations, memory_format=torch.contiguous_format)
     if N == 0:
@@ -243,6 +363,10 @@ def lstm_backward(
         "HAS_GRAD_H_N": grad_h_n is not None,
         "INPUT_PRECISION": input_precision,
     }
+    modifiers = _modifiers(
+        lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip,
+        packed=packed, unread=dgates,
+    )  # fmt: skip
     # What a kernel is told not to read still needs an address: any will do.
     grad_h = dgates if grad_h is None else _unit_columns(grad_h)
     grad_c = dgates if grad_c is None else _unit_columns(grad_c)
@@ -257,22 +381,27 @@ def lstm_backward(
                 dgates, dh0, dc0, sizes,
                 T, B, N, H, *strides, h_n_rows.stride(0), c_n_rows.stride(0), c0.stride(0),
                 PACKED=packed, REVERSE=reverse, HAS_GRAD_C_N=grad_c_n is not None,
-                **flags, **_sequence_options(config),
+                **flags, **modifiers, **_sequence_options(config),
             )  # fmt: skip
         else:
             if grad_c_n is None:
                 dc = activations.new_zeros(B, H, dtype=torch.float32)
             else:
                 dc = grad_c_n.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            if lengths is not None:
+                # Of a row without a step no launch stores dh0: it is the final state's gradient.
+                dh0.zero_() if grad_h_n is None else dh0.copy_(grad_h_n)
+            dh_kept = dc if zoneout_h is None else torch.empty_like(dc)
 
             def launch(before: _Step, step: _Step, after: _Step, only_grad_h0: bool) -> None:
                 rows = after.n if only_grad_h0 else step.n
                 lstm_backward_step_kernel[_step_grid(config, rows, H)](
-                    grad_h, grad_c, h_n_rows, activations, c, weight_hh, c0, dgates, dc, dh0,
-                    step.row if packed else step.t, step.row, before.row, after.row,
-                    step.n, before.n, after.n,
+                    grad_h, grad_c, h_n_rows, activations, c, weight_hh, c0,
+                    dgates, dc, dh0, dh_kept,
+                    *(s.row if packed else s.t for s in (step, before, after)),
+                    step.row, before.row, after.row, step.n, before.n, after.n,
                     H, *strides, h_n_rows.stride(0), c0.stride(0),
-                    ONLY_GRAD_H0=only_grad_h0, **flags, **_step_options(config),
+                    ONLY_GRAD_H0=only_grad_h0, **flags, **modifiers, **_step_options(config),
                 )  # fmt: skip
 
             for before, step, after in reversed(_steps(T, B, batch_sizes, reverse)):

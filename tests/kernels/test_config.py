@@ -9,6 +9,7 @@ from fused_lstm.kernels.triton.config import (
     DIRECTIONS,
     DTYPES,
     INPUT_PRECISIONS,
+    MODIFIERS,
     LaunchConfig,
     select_launch_config,
     shipped_configs,
@@ -43,6 +44,32 @@ def test_every_problem_has_a_shipped_configuration(arch):
             key = precision if dtype == torch.float32 else None
             chosen.add((direction, dtype, key, config))
     assert chosen == shipped
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_modifies_the_recurrence_has_shipped_configurations(arch, modifiers):
+    shipped = {(s.direction, s.dtype, s.config) for s in shipped_configs(arch, modifiers)}
+    assert {s.modifiers for s in shipped_configs(arch, modifiers)} == {modifiers}
+    chosen = {
+        (direction, dtype, select(direction, batch, hidden, dtype, **options))
+        for direction, dtype, precision in PROBLEMS
+        for batch, hidden, scope in itertools.product([1, 1000], SIZES, [None, "step"])
+        for options in [
+            {"arch": arch, "input_precision": precision, "scope": scope, "modifiers": modifiers}
+        ]
+    }
+    assert chosen == shipped
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+def test_modifiers_take_no_hidden_size_from_the_sequence_kernel(modifiers):
+    for arch, (direction, dtype, precision) in itertools.product(ARCHITECTURES, PROBLEMS):
+        for hidden in SIZES:
+            options = {"arch": arch, "input_precision": precision}
+            plain = select(direction, 16, hidden, dtype, **options)
+            modified = select(direction, 16, hidden, dtype, **options, modifiers=modifiers)
+            assert (plain.scope, plain.BLOCK_B) == (modified.scope, modified.BLOCK_B)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -84,6 +111,7 @@ def test_naming_a_kernel():
         ({"dtype": torch.float64}, "dtype"),
         ({"input_precision": "bf16x3"}, "input_precision"),
         ({"scope": "grid"}, "scope"),
+        ({"modifiers": "dropout"}, "modifiers"),
     ],
     ids=str,
 )
