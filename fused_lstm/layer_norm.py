@@ -19,15 +19,13 @@ class LayerNormLSTM(LSTM):
     """An LSTM with layer normalization, and with all that `fused_lstm.LSTM` can do.
 
     Normalized over their features are x·W_ihᵀ and h_{t−1}·W_hhᵀ, each over all 4H, and the cell
-    state where it enters the output's tanh; see `fused_lstm.reference.layer_norm_recurrence` for
-    the equations (Ba,
-    Kiros & Hinton 2016, "Layer normalization", arXiv:1607.06450, equations 20 to 22).
+    state where it enters the output's tanh (Ba, Kiros & Hinton 2016, "Layer normalization",
+    arXiv:1607.06450, equations 20 to 22). For the equations see
+    `fused_lstm.layer_norm_reference.layer_norm_forward`.
 
     Parameters are those of `torch.nn.LSTM` and, for each layer and direction, `gain_ih_l0` [4H],
     `gain_hh_l0` [4H] and `gain_c_l0` [H], ones at first, and `bias_c_l0` [H]. The biases of the
     first two normalizations are `bias_ih_l0` and `bias_hh_l0`; biases are zeros at first.
-
-    It runs in plain PyTorch, step by step, on any device.
 
     Args:
         input_size: as for `fused_lstm.LSTM`, and so for what is not described.
@@ -46,7 +44,8 @@ class LayerNormLSTM(LSTM):
         zoneout: see there.
         forget_bias: see there; the sum of both biases.
         cell_clip: see there; of the state that is kept, which is not normalized.
-        backend: None or "reference".
+        backend: "native", "triton" or "reference" to insist on one; None for the fastest that
+            supports the problem.
 
     Raises:
         TypeError: as `fused_lstm.LSTM`.
