@@ -128,7 +128,8 @@ def lstm(
         transform = transform or recording_under_way((input, *hx, *weights))
         problem = layers_problem(input, hx, weights, batch_sizes, batch_first, transform, additions)
         chosen = backends.select_backend(problem, name)
-        native = chosen == NativeBackend.name and not transform
+        # A normalized layer is composed of projections and a recurrence, which may be native.
+        native = chosen == NativeBackend.name and not transform and normalization is None
         if chosen == AtenBackend.name:
             check_length_values(lengths, problem.steps)
             aten = cast(AtenBackend, backends.get_backend(AtenBackend.name))

@@ -65,6 +65,14 @@ int32_t fused_lstm_backward(const LstmBackward *recurrence, int64_t, int64_t, in
   return int32_t(recurrence->steps);
 }
 #endif
+int32_t fused_lstm_layer_norm_forward(const LstmLayerNormForward *, int64_t, int64_t, int64_t,
+                                      int64_t) {
+  return 0;
+}
+int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrence, int64_t, int64_t,
+                                       int64_t, int64_t) {
+  return int32_t(recurrence->eps);
+}
 }
 """.replace("return NAMES", 'return "avx2,baseline"')
 
@@ -191,7 +199,7 @@ def test_many_threads_load_once(forgotten, monkeypatch) -> None:
     def slow_open(path: Path) -> library.Library:
         opened.append(path)
         time.sleep(0.05)
-        return library.Library(path, ("baseline",), len, len, False, "")
+        return library.Library(path, ("baseline",), len, len, len, len, False, "")
 
     monkeypatch.setattr(library, "_locate", lambda: Path("somewhere"))
     monkeypatch.setattr(library, "_open", slow_open)
@@ -218,6 +226,10 @@ def test_structures_are_passed_as_bytes(stand_in) -> None:
     loaded = library._open(stand_in)
     assert loaded.instruction_sets == ("avx2", "baseline")
     assert loaded.backward(struct.pack("=q", 41) + bytes(1000), 1, 0, 1, 0) == 41
+    # The last field.
+    arguments = bytes(8 * (53 + 13 + 15)) + struct.pack("=d", 43)
+    assert loaded.layer_norm_backward(arguments, 1, 0, 1, 0) == 43
+    assert loaded.layer_norm_forward(arguments, 1, 0, 1, 0) == 0
     with pytest.raises(AttributeError):
         loaded.openmp = False
 

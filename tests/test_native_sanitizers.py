@@ -29,6 +29,13 @@ MODIFIER_TEST_NAMES = (
     "test_layer",
     "test_outputs_of_any_stride_and_nothing_beside_them",
 )
+# Likewise of layer normalization.
+LAYER_NORM_TESTS = ROOT / "tests" / "kernels" / "test_native_layer_norm.py"
+LAYER_NORM_TEST_NAMES = (
+    "test_all_together",
+    "test_packed",
+    "test_outputs_of_any_stride_and_nothing_beside_them",
+)
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
 
 pytestmark = [
@@ -135,9 +142,12 @@ sys.exit(status)
 """
     # A report is written to the file descriptor just before the end: pytest must leave it alone.
     options = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "--timeout=0", "--capture=sys"]
-    modifier_tests = [f"{MODIFIER_TESTS}::{name}" for name in MODIFIER_TEST_NAMES]
+    some_tests = [
+        *(f"{MODIFIER_TESTS}::{name}" for name in MODIFIER_TEST_NAMES),
+        *(f"{LAYER_NORM_TESTS}::{name}" for name in LAYER_NORM_TEST_NAMES),
+    ]
     result = subprocess.run(
-        [sys.executable, "-c", script, KERNEL_TESTS, *modifier_tests, *options],
+        [sys.executable, "-c", script, KERNEL_TESTS, *some_tests, *options],
         env={**environment, "FUSED_LSTM_NATIVE_LIBRARY": str(library)},
         cwd=ROOT,
         capture_output=True,

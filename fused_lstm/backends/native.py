@@ -11,10 +11,13 @@ from fused_lstm.backends.base import (
     Backend,
     BackwardArguments,
     ForwardArguments,
+    LayerNormBackwardArguments,
+    LayerNormForwardArguments,
     Problem,
     RecurrenceGradients,
     Support,
 )
+from fused_lstm.layer_norm_reference import LayerNorm, LayerNormForward, LayerNormGradients
 from fused_lstm.modifiers import Modifiers
 from fused_lstm.reference import RecurrenceForward, check_batch_sizes
 
@@ -34,8 +37,6 @@ class NativeBackend(Backend):
             return Support(False, f"it runs on CPUs, not on a {problem.device.type} device")
         if problem.dtype not in _DTYPES:
             return Support(False, f"{problem.dtype} is not one of float32, float64, bfloat16")
-        if "layer_norm" in problem.additions:
-            return Support(False, "the kernels have no layer normalization")
         from fused_lstm.kernels import cpu as kernels
 
         try:
@@ -76,6 +77,32 @@ class NativeBackend(Backend):
             whole = None if h is None else h.to(dtype)
             return RecurrenceGradients(gates.to(dtype), h0.to(dtype), c0.to(dtype), whole)
         return gradients
+
+    @override
+    def layer_norm_forward(self, arguments: LayerNormForwardArguments) -> LayerNormForward:
+        from fused_lstm.kernels import cpu as kernels
+
+        _check_rows(arguments.batch_sizes, arguments.gates, arguments.h0)
+        *inputs, norm, save = map(widened, arguments)
+        out = LayerNormForward(*kernels.layer_norm_forward(*inputs, *norm, save))
+        dtype = arguments.gates.dtype
+        if dtype == torch.bfloat16:
+            rounded = LayerNormForward(*(t.to(dtype) for t in out))
+            return rounded._replace(c=out.c, rstd=out.rstd)
+        return out
+
+    @override
+    def layer_norm_backward(self, arguments: LayerNormBackwardArguments) -> LayerNormGradients:
+        from fused_lstm.kernels import cpu as kernels
+
+        _check_rows(arguments.batch_sizes, arguments.activations, arguments.c0)
+        *inputs, norm = map(widened, arguments)
+        out = LayerNormGradients(*kernels.layer_norm_backward(*inputs, *norm))
+        dtype = arguments.activations.dtype
+        if dtype == torch.bfloat16:
+            rounded = [t if t is None else t.to(dtype) for t in out]
+            return LayerNormGradients(*rounded)._replace(z=out.z)  # type: ignore[arg-type]
+        return out
 
 
 def _why_pytorchs_own(problem: Problem) -> str:
@@ -118,6 +145,6 @@ def widened(argument: Any) -> Any:
     """The argument, in float32 if it is a tensor in bfloat16, or what it holds of such."""
     if isinstance(argument, torch.Tensor) and argument.dtype == torch.bfloat16:
         return argument.float()
-    if isinstance(argument, Modifiers):
-        return Modifiers(*map(widened, argument))
+    if isinstance(argument, (Modifiers, LayerNorm)):
+        return type(argument)(*map(widened, argument))
     return argument

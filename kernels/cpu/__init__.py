@@ -1,11 +1,13 @@
 """CPU kernels of the LSTM, in C++: one shared library, built at installation.
 
-To read in this order: `lstm.h`, the interface; `forward.h` and `backward.h`, the equations and who
-computes what; `layout.h`, `multiply.h` and `simd.h`, the parts they are made of; `run.h` and
-`team.h`, memory and threads; `lstm.cpp`, one of each per instruction set. `launch.py` calls them.
+To read in this order: `lstm.h`, the interface; `forward.h`, `backward.h` and `layer_norm.h`, the
+equations and who computes what; `layout.h`, `multiply.h` and `simd.h`, the parts they are made of;
+`run.h` and `team.h`, memory and threads; `lstm.cpp`, one of each per instruction set. `launch.py`
+and `layer_norm.py` call them.
 """
 
 from .launch import cell_forward, layer_backward, layer_forward, lstm_backward, lstm_forward
+from .layer_norm import layer_norm_backward, layer_norm_forward
 from .library import Library, LibraryUnavailableError, load
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "cell_forward",
     "layer_backward",
     "layer_forward",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "load",
     "lstm_backward",
     "lstm_forward",

@@ -53,16 +53,18 @@ struct BackwardPlan {
   const Timeline *timelines;  // one for each group of rows
   Modifiers<Real> modifiers;
   Sequence<Real> activations, c, x, h, grad_h, grad_c, grad_gates, whole_grad_h, grad_x;
+  Sequence<Real> grad_product;  // of h'·W_hhᵀ: grad_gates, or what layer_norm.h makes of them
   State<Real> h0, c0, grad_h_n, grad_c_n;
   LstmState grad_h0, grad_c0;
   int64_t inputs, hidden, features;
   bool projected;
+  bool normalized;           // layer_norm.h goes on from the δm of whole rows
   Panels hidden_panels;      // W_hh [4H, P]
   Panels projection_panels;  // W_hr [P, H]
   Panels input_panels;       // W_ih [4H, I]
   Panels x_panels, h_panels, m_panels;  // x [rows, I], h_{t-1} [rows, P], m [rows, H] of a chunk
   Real *packed_hh, *packed_hr, *packed_ih;
-  Real *grad_m;    // [B, H], with a projection
+  Real *grad_m;    // [B, H], with a projection or normalized
   Real *zoned_h;   // [B, P], z_h ⊙ δh of the step after, where h is zoned out
   Real *masked_h;  // [members][P], a row of h' ⊙ recurrent_mask, where that is given
   ChunkBuffers<Real> *chunks;      // one for each group of rows
@@ -71,7 +73,8 @@ struct BackwardPlan {
 };
 
 template <class Real>
-class BackwardMember : Member {
+class BackwardMember : protected Member {
+ protected:
   typedef Simd<Real> S;
   typedef typename S::Vector Vector;
   typedef BackwardPlan<Real> Plan;
@@ -124,7 +127,7 @@ class BackwardMember : Member {
     }
   }
 
- private:
+ protected:
   // Steps begin ... end-1; the δa of step k lie behind those of the chunk's earlier steps.
   struct Chunk {
     int64_t begin, end, rows, parity;
@@ -191,6 +194,16 @@ class BackwardMember : Member {
   }
 
   void step(int64_t k, const Chunk &chunk) {
+    hidden_gradients(k, chunk);
+    if (plan_.projected) {
+      meet();
+      cells_behind_projection(k, chunk);
+    }
+    meet();
+  }
+
+  // This member's panels of δĥ, and what becomes of them.
+  void hidden_gradients(int64_t k, const Chunk &chunk) {
     const int64_t active = timeline_.active(k), lasting = timeline_.lasting(k);
     const int64_t before = timeline_.active(chunk.begin, k);
     const bool same = k + 1 < chunk.end;
@@ -213,11 +226,6 @@ class BackwardMember : Member {
           hidden_panel<1>(k, p, going, ending, chunk, before, next, next_before);
       }
     }
-    if (plan_.projected) {
-      meet();
-      cells_behind_projection(k, {0, active}, chunk, before);
-    }
-    meet();
   }
 
   // δh of one panel of hidden units, for rows that have a step after this one and rows that end.
@@ -246,8 +254,8 @@ class BackwardMember : Member {
     if (going) {
       const Real *rows[ROWS];
       _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        rows[q] = row_of(plan_.grad_gates, buffers_.gates, gate_width(), next, next_before, k + 1,
-                         place + q);
+        rows[q] = row_of(plan_.grad_product, buffers_.gates, gate_width(), next, next_before,
+                         k + 1, place + q);
       }
       accumulate<Real, ROWS, COLUMNS>(sum, rows, plan_.packed_hh + plan_.hidden_panels.offset(p),
                                       gate_width());
@@ -270,6 +278,8 @@ class BackwardMember : Member {
                           place + q) +
                        unit,
                    grad, count);
+        } else if (plan_.normalized) {
+          S::store(plan_.grad_m + r * plan_.hidden + unit, grad, count);
         } else {
           cell(k, place + q, unit, count, grad, chunk, before);
         }
@@ -289,12 +299,13 @@ class BackwardMember : Member {
     return product;
   }
 
-  // δm = δĥ·W_hr, then δa.
-  void cells_behind_projection(int64_t k, Share rows, const Chunk &chunk, int64_t before) {
+  // δm = δĥ·W_hr, then δa, unless δm is to be complete first.
+  void cells_behind_projection(int64_t k, const Chunk &chunk) {
     const Panels &panels = plan_.projection_panels;
+    const int64_t before = timeline_.active(chunk.begin, k);
     for (int64_t p = own_cells_.begin; p < own_cells_.end; ++p) {
       const int64_t first = panels.first_column(p), filled = panels.filled(p);
-      for_each_tile(rows, [&](int64_t place, int64_t count) {
+      for_each_tile({0, timeline_.active(k)}, [&](int64_t place, int64_t count) {
         const Real *in[TILE_ROWS];
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
@@ -303,6 +314,7 @@ class BackwardMember : Member {
           out[q] = plan_.grad_m + timeline_.row(place + q) * plan_.hidden + first;
         }
         product<Real>(count, in, panels, p, plan_.packed_hr, out, false);
+        if (plan_.normalized) return;
         for (int64_t q = 0; q < count; ++q) {
           for (int64_t unit = 0; unit < filled; unit += S::kWidth) {
             cell(k, place + q, first + unit, filled - unit, S::load(out[q] + unit, filled - unit),
@@ -316,6 +328,18 @@ class BackwardMember : Member {
   // δc and δa of one vector of hidden units.
   INLINE_MEMBER void cell(int64_t k, int64_t place, int64_t unit, int64_t count, Vector grad_m,
                           const Chunk &chunk, int64_t before) {
+    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
+    const Vector o = S::load(plan_.activations.at(t, row) + 3 * hidden + unit, count);
+    const Vector c = fresh_cell(k, place, unit, count), squashed = S::tanh(c);
+    Real *out = row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place);
+    gate_gradients(k, place, unit, count, c, squashed, grad_m,
+                   grad_m * o * (Real(1) - squashed * squashed), out + unit);
+  }
+
+  // The same where m = o ⊙ squashed, and from_output is what δĉ gets through squashed.
+  INLINE_MEMBER void gate_gradients(int64_t k, int64_t place, int64_t unit, int64_t count,
+                                    Vector c, Vector squashed, Vector grad_m, Vector from_output,
+                                    Real *out) const {
     const Modifiers<Real> &modifiers = plan_.modifiers;
     const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
     const Real *activations = plan_.activations.at(t, row) + unit;
@@ -332,16 +356,13 @@ class BackwardMember : Member {
       zoned = kept * grad_c;
       grad_c *= Real(1) - kept;
     }
-    const Vector c = fresh_cell(k, place, unit, count), squashed = S::tanh(c);
-    grad_c += grad_m * o * (Real(1) - squashed * squashed);
+    grad_c += from_output;
     if (modifiers.clips) {
       const Vector size = c < Vector{} ? -c : c, limit = S::broadcast(modifiers.cell_clip);
       grad_c = size < limit ? grad_c : Vector{};
     }
     const bool reset = modifiers.reset(t, row);
     S::store(carried, reset ? Vector{} : grad_c * f + zoned, count);
-    Real *out =
-        row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place) + unit;
     S::store(out, grad_c * g * i * (Real(1) - i), count);
     S::store(out + hidden, grad_c * earlier * f * (Real(1) - f), count);
     S::store(out + 2 * hidden, grad_c * i * (Real(1) - g * g), count);
@@ -371,7 +392,7 @@ class BackwardMember : Member {
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
           in[q] =
-              row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place + q);
+              row_of(plan_.grad_product, buffers_.gates, gate_width(), chunk, before, k, place + q);
           out[q] = hidden_gradient(timeline_.row(place + q)) + first;
         }
         product<Real>(count, in, panels, p, plan_.packed_hh, out, false);

@@ -40,6 +40,7 @@ struct ForwardPlan {
   Real *cell_output;      // [B, H], o ⊙ tanh(c) of one step, where there is a projection
   Real *masked;           // [2][B, P], h ⊙ recurrent_mask of two steps, where that is given
   Real *staged;           // x·W_ihᵀ + b of several steps, where x does not enter with h
+  Real *products;         // [B, 4H], h'·W_hhᵀ of one step, where layer_norm.h makes gates of them
   Barrier *barriers;      // one per group of rows, and one for all
 };
 
@@ -52,7 +53,8 @@ static_assert(kFusedRows <= kRowsOfAGroup && kFusedRows <= kPackedRows && kFused
               "see above");
 
 template <class Real>
-class ForwardMember : Member {
+class ForwardMember : protected Member {
+ protected:
   typedef Simd<Real> S;
   typedef typename S::Vector Vector;
   typedef ForwardPlan<Real> Plan;
@@ -69,17 +71,12 @@ class ForwardMember : Member {
     const bool fused = rows >= kFusedRows && (read <= kCachedWeights || rows >= kStagedRows ||
                                               plan.packs_late);
     source_ = plan.gates.data ? kGiven : fused || !plan.panels ? kFused : kStaged;
+    if (plan.products) source_ = kNone;
     stage_ = plan.staged + (row_group_ * blocks + blocks_.begin) * kStagedRows * kTile;
   }
 
   void run() {
-    if (plan_.panels && !plan_.packs_late) {
-      const Share mine = share_of_all(divide_up(plan_.hidden, S::kWidth));
-      for (int64_t block = mine.begin; block < mine.end; ++block) pack(block);
-    }
-    pack_projection();
-    if (plan_.masked) mask_initial();
-    if (plan_.arguments->modifiers.lengths) clear_idle();
+    prepare();
     meet_all();
     for (int64_t begin = 0, end; begin < timeline_.steps; begin = end) {
       end = source_ == kStaged ? stage(begin) : timeline_.steps;
@@ -88,8 +85,8 @@ class ForwardMember : Member {
     finish();
   }
 
- private:
-  enum Source { kGiven, kStaged, kFused };
+ protected:
+  enum Source { kNone, kGiven, kStaged, kFused };
   static constexpr int64_t kTile = 4 * S::kWidth;
 
   const Plan &plan_;
@@ -104,6 +101,16 @@ class ForwardMember : Member {
   }
   Real *bias(int64_t block) const {
     return plan_.bias + (plan_.packs_late ? member_ : block) * kTile;
+  }
+
+  void prepare() {
+    if (plan_.panels && !plan_.packs_late) {
+      const Share mine = share_of_all(divide_up(plan_.hidden, S::kWidth));
+      for (int64_t block = mine.begin; block < mine.end; ++block) pack(block);
+    }
+    pack_projection();
+    if (plan_.masked) mask_initial();
+    if (plan_.arguments->modifiers.lengths) clear_idle();
   }
 
   // Lay out the weights of a block, its four gates side by side.
@@ -205,8 +212,18 @@ class ForwardMember : Member {
   }
 
   void step(int64_t k, int64_t staged_row) {
+    if (!timeline_.active(k)) return;
+    compute_blocks(k, staged_row);
+    if (plan_.cell_output) {
+      meet();
+      project(k);
+    }
+    meet();
+  }
+
+  // The gates of this member's blocks, and what becomes of them.
+  void compute_blocks(int64_t k, int64_t staged_row) {
     const int64_t active = timeline_.active(k);
-    if (!active) return;
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       if (!plan_.panels) {
         for (int64_t place = 0; place < active; ++place) direct_tile(k, place, block);
@@ -219,11 +236,6 @@ class ForwardMember : Member {
         });
       });
     }
-    if (plan_.cell_output) {
-      meet();
-      project(k);
-    }
-    meet();
   }
 
   // The rows of h and c that enter step k.
@@ -269,7 +281,7 @@ class ForwardMember : Member {
       _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
         const Real *in = plan_.gates.at(t, timeline_.row(place + q)) + unit;
         _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
-          a[q][gate] = S::load(in + gate * hidden, count);
+          a[q][gate] = source_ == kGiven ? S::load(in + gate * hidden, count) : Vector{};
         }
       }
     }
@@ -300,7 +312,7 @@ class ForwardMember : Member {
       for (const Real *b : biases) {
         if (b) a[0][gate] += S::load(b + first, count);
       }
-      if (plan_.gates.data) a[0][gate] += S::load(plan_.gates.at(t, row) + first, count);
+      if (source_ == kGiven) a[0][gate] += S::load(plan_.gates.at(t, row) + first, count);
     }
     update<1>(a, k, place, block);
   }
@@ -321,32 +333,60 @@ class ForwardMember : Member {
   // From gates to c and h (o ⊙ tanh(ĉ) where there is a projection).
   template <int ROWS>
   INLINE_MEMBER void update(const Vector (&a)[ROWS][4], int64_t k, int64_t place, int64_t block) {
-    const Modifiers<Real> &modifiers = plan_.modifiers;
-    const int64_t t = timeline_.time(k);
-    const int64_t hidden = plan_.hidden, unit = block * S::kWidth, count = hidden - unit;
+    if (plan_.products) return keep<ROWS>(a, place, block);
+    const int64_t unit = block * S::kWidth, count = plan_.hidden - unit;
     _Pragma("GCC unroll 1") for (int q = 0; q < ROWS; ++q) {
-      const int64_t r = timeline_.row(place + q);
-      const Vector i = S::sigmoid(a[q][0]), f = S::sigmoid(a[q][1]);
-      const Vector g = S::tanh(a[q][2]), o = S::sigmoid(a[q][3]);
-      const Vector earlier = S::load(cell_before(k, place + q) + unit, count);
-      Vector c = f * earlier + i * g;
-      if (modifiers.clips) c = S::clamp(c, modifiers.cell_clip);
-      const Vector m = o * S::tanh(c);
-      if (modifiers.zoneout_c.data) {
-        c = mixed(S::load(modifiers.zoneout_c.at(t, r) + unit, count), earlier, c);
-      }
-      if (plan_.activations.data) {
-        Real *out = plan_.activations.at(t, r) + unit;
-        S::store(out, i, count);
-        S::store(out + hidden, f, count);
-        S::store(out + 2 * hidden, g, count);
-        S::store(out + 3 * hidden, o, count);
-      }
-      S::store(plan_.c.at(t, r) + unit, c, count);
-      if (plan_.cell_output) {
-        S::store(plan_.cell_output + r * hidden + unit, m, count);
-      } else {
-        store_hidden(m, k, place + q, unit, count);
+      const Cell cell = activate(a[q], k, place + q, unit, count);
+      store_states(cell.c, cell.o * S::tanh(cell.c), k, place + q, unit, count);
+    }
+  }
+
+  // One vector of ĉ_t and o, from one of each gate.
+  struct Cell {
+    Vector c, o;
+  };
+  INLINE_MEMBER Cell activate(const Vector (&a)[4], int64_t k, int64_t place, int64_t unit,
+                              int64_t count) const {
+    const Modifiers<Real> &modifiers = plan_.modifiers;
+    const Vector i = S::sigmoid(a[0]), f = S::sigmoid(a[1]);
+    const Vector g = S::tanh(a[2]), o = S::sigmoid(a[3]);
+    if (plan_.activations.data) {
+      const int64_t hidden = plan_.hidden;
+      Real *out = plan_.activations.at(timeline_.time(k), timeline_.row(place)) + unit;
+      S::store(out, i, count);
+      S::store(out + hidden, f, count);
+      S::store(out + 2 * hidden, g, count);
+      S::store(out + 3 * hidden, o, count);
+    }
+    const Vector c = f * S::load(cell_before(k, place) + unit, count) + i * g;
+    return {modifiers.clips ? S::clamp(c, modifiers.cell_clip) : c, o};
+  }
+
+  // One vector of c_t, from one of ĉ_t; and what m, the new output of the cell, becomes.
+  INLINE_MEMBER void store_states(Vector c, Vector m, int64_t k, int64_t place, int64_t unit,
+                                  int64_t count) const {
+    const Sequence<const Real> &zoneout = plan_.modifiers.zoneout_c;
+    const int64_t t = timeline_.time(k), row = timeline_.row(place);
+    if (zoneout.data) {
+      c = mixed(S::load(zoneout.at(t, row) + unit, count),
+                S::load(cell_before(k, place) + unit, count), c);
+    }
+    S::store(plan_.c.at(t, row) + unit, c, count);
+    if (plan_.cell_output) {
+      S::store(plan_.cell_output + row * plan_.hidden + unit, m, count);
+    } else {
+      store_hidden(m, k, place, unit, count);
+    }
+  }
+
+  // The products of a tile, which are not gates yet.
+  template <int ROWS>
+  INLINE_MEMBER void keep(const Vector (&a)[ROWS][4], int64_t place, int64_t block) {
+    const int64_t hidden = plan_.hidden, unit = block * S::kWidth, count = hidden - unit;
+    _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
+      Real *out = plan_.products + timeline_.row(place + q) * 4 * hidden + unit;
+      _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
+        S::store(out + gate * hidden, a[q][gate], count);
       }
     }
   }

@@ -3,6 +3,7 @@
 #include "multiply.h"
 #include "forward.h"
 #include "backward.h"
+#include "layer_norm.h"
 #include "run.h"
 #undef INLINE
 #undef NOINLINE

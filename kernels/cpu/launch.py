@@ -176,6 +176,99 @@ def _check(status: int, direction: str) -> None:
         raise RuntimeError(f"the native {direction} kernel refused its arguments ({status})")
 
 
+def _forward_structure(
+    gates: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    h: Tensor,
+    c: Tensor,
+    activations: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+) -> bytes:
+    """An LstmForward of a recurrence from its gates, up to its modifiers."""
+    packed = batch_sizes is not None
+    return _FORWARD.pack(
+        gates.shape[0] if batch_sizes is None else len(batch_sizes),
+        h0.shape[0],
+        0,
+        c0.shape[1],
+        weight_hh.shape[1],
+        reverse,
+        _address(batch_sizes),
+        *_sequence(gates, packed),
+        *_NO_SEQUENCE,
+        0,
+        0,
+        0,
+        _address(weight_hh),
+        _address(weight_hr),
+        *_state(h0),
+        *_state(c0),
+        *_sequence(h, packed),
+        *_sequence(c, packed),
+        *_sequence(activations, packed),
+        *_state(h_n),
+        *_state(c_n),
+    )
+
+
+def _backward_structure(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    activations: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    grad_gates: Tensor,
+    whole: Tensor | None,
+    grad_h0: Tensor,
+    grad_c0: Tensor,
+) -> bytes:
+    """An LstmBackward of such a recurrence, up to its modifiers."""
+    packed = batch_sizes is not None
+    return _BACKWARD.pack(
+        activations.shape[0] if batch_sizes is None else len(batch_sizes),
+        c0.shape[0],
+        0,
+        c0.shape[1],
+        weight_hh.shape[1],
+        reverse,
+        _address(batch_sizes),
+        *_sequence(activations, packed),
+        *_sequence(c, packed),
+        *_NO_SEQUENCE,
+        *_NO_SEQUENCE,
+        0,
+        _address(weight_hh),
+        _address(weight_hr),
+        *_NO_STATE,
+        *_state(c0),
+        *_sequence(grad_h, packed),
+        *_sequence(grad_c, packed),
+        *_state(grad_h_n),
+        *_state(grad_c_n),
+        *_sequence(grad_gates, packed),
+        *_sequence(whole, packed),
+        *_NO_SEQUENCE,
+        0,
+        0,
+        0,
+        0,
+        *_state(grad_h0),
+        *_state(grad_c0),
+    )
+
+
 def lstm_forward(
     gates: Tensor,
     weight_hh: Tensor,
@@ -222,28 +315,9 @@ def lstm_forward(
     c_n = new((batch, hidden))
     if batch:
         tail, _alive = _modifiers(modifiers, packed, dtype)
-        structure = _FORWARD.pack(
-            gates.shape[0] if batch_sizes is None else len(batch_sizes),
-            batch,
-            0,
-            hidden,
-            features,
-            reverse,
-            _address(batch_sizes),
-            *_sequence(gates, packed),
-            *_NO_SEQUENCE,
-            0,
-            0,
-            0,
-            _address(recurrent),
-            _address(weight_hr),
-            *_state(h0),
-            *_state(c0),
-            *_sequence(h, packed),
-            *_sequence(c, packed),
-            *_sequence(activations, packed),
-            *_state(h_n),
-            *_state(c_n),
+        outputs = (h, c, activations, h_n, c_n)
+        structure = _forward_structure(
+            gates, recurrent, h0, c0, weight_hr, batch_sizes, reverse, *outputs
         )
         run, threads = load().forward, torch.get_num_threads()
         _check(run(structure + tail, 1, DTYPES[dtype], threads, _instruction_set), "forward")
@@ -303,36 +377,10 @@ def lstm_backward(
     grad_c0 = new((batch, hidden))
     if batch:
         tail, _alive = _modifiers(modifiers, packed, dtype)
-        structure = _BACKWARD.pack(
-            activations.shape[0] if batch_sizes is None else len(batch_sizes),
-            batch,
-            0,
-            hidden,
-            features,
-            reverse,
-            _address(batch_sizes),
-            *_sequence(activations, packed),
-            *_sequence(c, packed),
-            *_NO_SEQUENCE,
-            *_NO_SEQUENCE,
-            0,
-            _address(recurrent),
-            _address(weight_hr),
-            *_NO_STATE,
-            *_state(c0),
-            *_sequence(grad_h, packed),
-            *_sequence(grad_c, packed),
-            *_state(grad_h_n),
-            *_state(grad_c_n),
-            *_sequence(grad_gates, packed),
-            *_sequence(whole, packed),
-            *_NO_SEQUENCE,
-            0,
-            0,
-            0,
-            0,
-            *_state(grad_h0),
-            *_state(grad_c0),
+        grads, saved = (grad_h, grad_c, grad_h_n, grad_c_n), (activations, c)
+        outputs = (grad_gates, whole, grad_h0, grad_c0)
+        structure = _backward_structure(
+            *grads, *saved, recurrent, c0, weight_hr, batch_sizes, reverse, *outputs
         )
         run, threads = load().backward, torch.get_num_threads()
         _check(run(structure + tail, 1, DTYPES[dtype], threads, _instruction_set), "backward")

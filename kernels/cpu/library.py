@@ -52,6 +52,8 @@ class Library:
         forward: `fused_lstm_forward(structures, count, dtype, threads, instruction_set)`, where the
             structures are `bytes`; returns an LstmStatus. Runs without the interpreter's lock.
         backward: `fused_lstm_backward`, likewise.
+        layer_norm_forward: `fused_lstm_layer_norm_forward`, likewise.
+        layer_norm_backward: `fused_lstm_layer_norm_backward`, likewise.
         openmp: whether it has PyTorch's OpenMP runtime. Without one it takes a single thread.
         openmp_reason: why it does not, else empty.
     """
@@ -60,6 +62,8 @@ class Library:
     instruction_sets: tuple[str, ...]
     forward: Run
     backward: Run
+    layer_norm_forward: Run
+    layer_norm_backward: Run
     openmp: bool
     openmp_reason: str
 
@@ -130,14 +134,18 @@ def _open(path: Path) -> Library:
         set_openmp = library.fused_lstm_set_openmp
         set_openmp.argtypes = [ctypes.c_void_p] * len(_OPENMP_FUNCTIONS)
         set_openmp.restype = None
-        forward = library.fused_lstm_forward
-        backward = library.fused_lstm_backward
+        runs = (
+            library.fused_lstm_forward,
+            library.fused_lstm_backward,
+            library.fused_lstm_layer_norm_forward,
+            library.fused_lstm_layer_norm_backward,
+        )
     except AttributeError as error:
         cause = str(error).removeprefix(f"{path}: ")
         raise LibraryUnavailableError(
             f"{path} is not fused_lstm's native library: {cause}"
         ) from error
-    for run in (forward, backward):
+    for run in runs:
         run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
         run.restype = ctypes.c_int32
     names = (instruction_sets() or b"").decode("ascii", "replace")
@@ -146,7 +154,7 @@ def _open(path: Path) -> Library:
     openmp, reason = _find_openmp()
     if openmp:
         set_openmp(*openmp)
-    return Library(path, tuple(names.split(",")), forward, backward, bool(openmp), reason)
+    return Library(path, tuple(names.split(",")), *runs, bool(openmp), reason)
 
 
 def _check_file(path: Path) -> None:

@@ -97,6 +97,9 @@ struct InstructionSet {
   bool (*supported)();
   int32_t (*forward)(const LstmForward *, int64_t, int64_t, int64_t, Scratch &);
   int32_t (*backward)(const LstmBackward *, int64_t, int64_t, int64_t, Scratch &);
+  int32_t (*layer_norm_forward)(const LstmLayerNormForward *, int64_t, int64_t, int64_t, Scratch &);
+  int32_t (*layer_norm_backward)(const LstmLayerNormBackward *, int64_t, int64_t, int64_t,
+                                 Scratch &);
 };
 
 // Best first; the last one runs everywhere.
@@ -107,11 +110,13 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
      },
-     avx512::forward, avx512::backward},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::forward, avx2::backward},
+     avx512::forward, avx512::backward, avx512::layer_norm_forward, avx512::layer_norm_backward},
+    {"avx2",
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     avx2::forward, avx2::backward, avx2::layer_norm_forward, avx2::layer_norm_backward},
 #endif
-    {"baseline", [] { return true; }, baseline::forward, baseline::backward},
+    {"baseline", [] { return true; }, baseline::forward, baseline::backward,
+     baseline::layer_norm_forward, baseline::layer_norm_backward},
 };
 
 // Those that this CPU has.
@@ -187,6 +192,22 @@ int32_t fused_lstm_backward(const LstmBackward *recurrences, int64_t count, int6
   return checked(recurrences, count, threads, instruction_set,
                  [&](const InstructionSet &set, int64_t used) {
                    return set.backward(recurrences, count, dtype, used, scratch());
+                 });
+}
+
+int32_t fused_lstm_layer_norm_forward(const LstmLayerNormForward *recurrences, int64_t count,
+                                      int64_t dtype, int64_t threads, int64_t instruction_set) {
+  return checked(recurrences, count, threads, instruction_set,
+                 [&](const InstructionSet &set, int64_t used) {
+                   return set.layer_norm_forward(recurrences, count, dtype, used, scratch());
+                 });
+}
+
+int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrences, int64_t count,
+                                       int64_t dtype, int64_t threads, int64_t instruction_set) {
+  return checked(recurrences, count, threads, instruction_set,
+                 [&](const InstructionSet &set, int64_t used) {
+                   return set.layer_norm_backward(recurrences, count, dtype, used, scratch());
                  });
 }
 

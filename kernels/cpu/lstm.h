@@ -106,6 +106,30 @@ struct LstmBackward {
   LstmModifiers modifiers;   // as in the forward pass
 };
 
+// One recurrence with layer normalization to compute, from given gates; layer_norm.h has the
+// equations.
+struct LstmLayerNormForward : LstmForward {
+  LstmSequence normalized;  // out [T, B, 4H], the normalized h_{t-1}·W_hhᵀ, or null
+  LstmSequence rstd;        // out [T, B, 1], what it was multiplied by, 1/√(var + eps), or null
+  const void *gain_hh;      // in  [4H], of h_{t-1}·W_hhᵀ
+  const void *gain_c;       // in  [H], of c
+  const void *bias_c;       // in  [H] or null
+  double eps;               // added to variances
+};
+
+// One recurrence with layer normalization to differentiate. Gradients of x, of weights and of biases
+// are not computed; grad_gates and, with a projection, whole_grad_h must be given.
+struct LstmLayerNormBackward : LstmBackward {
+  LstmSequence normalized;    // in  [T, B, 4H], as the forward pass left it
+  LstmSequence rstd;          // in  [T, B, 1], likewise
+  LstmSequence grad_product;  // out [T, B, 4H], of h_{t-1}·W_hhᵀ
+  LstmSequence grad_z;        // out [T, B, H], of the normalized c, times its gain, plus its bias
+  const void *gain_hh;        // in  [4H]
+  const void *gain_c;         // in  [H]
+  const void *bias_c;         // in  [H] or null
+  double eps;
+};
+
 // The version of this interface that the library was built with.
 int64_t fused_lstm_abi_version();
 
@@ -129,5 +153,11 @@ int32_t fused_lstm_forward(const LstmForward *recurrences, int64_t count, int64_
 // Differentiate `count` independent recurrences.
 int32_t fused_lstm_backward(const LstmBackward *recurrences, int64_t count, int64_t dtype,
                             int64_t threads, int64_t instruction_set);
+
+// The same for recurrences with layer normalization.
+int32_t fused_lstm_layer_norm_forward(const LstmLayerNormForward *recurrences, int64_t count,
+                                      int64_t dtype, int64_t threads, int64_t instruction_set);
+int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrences, int64_t count,
+                                       int64_t dtype, int64_t threads, int64_t instruction_set);
 
 }  // extern "C"

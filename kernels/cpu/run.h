@@ -1,5 +1,5 @@
-// From arguments to running threads. Included once per instruction set, after forward.h and
-// backward.h.
+// From arguments to running threads. Included once per instruction set, after forward.h, backward.h
+// and layer_norm.h.
 
 // Rows first, because groups of rows never wait for each other; hidden units where there are too
 // few rows, or where the weights would not fit into each core's cache.
@@ -159,6 +159,7 @@ struct Forward {
                  projected ? memory.take<Real>(a.batch * a.hidden_size) : nullptr,
                  masks ? memory.take<Real>(2 * a.batch * a.features) : nullptr,
                  memory.take<Real>(staged * tile),
+                 nullptr,
                  barriers(split, memory)};
     if (!memory.counting()) {
       advise_rows<Real>(a.h, rows, a.features);
@@ -199,6 +200,7 @@ struct Backward {
                  {a.grad_gates, offsets},
                  {a.whole_grad_h, offsets},
                  {a.grad_x, offsets},
+                 {a.grad_gates, offsets},
                  {a.h0, zero},
                  {a.c0, zero},
                  {a.grad_h_n, zero},
@@ -209,6 +211,7 @@ struct Backward {
                  a.hidden_size,
                  a.features,
                  projected,
+                 false,
                  panels(gates, a.features, split.unit_groups),
                  panels(a.features, a.hidden_size, split.unit_groups),
                  panels(gates, a.input_size, 1),
@@ -265,6 +268,42 @@ struct Backward {
       advise_rows<Real>(a.grad_x, rows, a.input_size);
     }
     return plan;
+  }
+};
+
+template <class Real>
+struct LayerNormForward {
+  typedef LstmLayerNormForward Arguments;
+  typedef LayerNormForwardPlan<Real> Plan;
+  typedef LayerNormForwardMember<Real> Member;
+
+  static Plan lay_out(const Arguments &a, const Split &split, Memory &memory) {
+    ForwardPlan<Real> plain = Forward<Real>::lay_out(a, split, memory);
+    plain.products = memory.take<Real>(a.batch * 4 * a.hidden_size);
+    const Rows rows = rows_of(a, memory);
+    if (!memory.counting()) advise_rows<Real>(a.normalized, rows, 4 * a.hidden_size);
+    return {plain, LayerNorm<Real>(a), {a.normalized, rows.offsets}, {a.rstd, rows.offsets}};
+  }
+};
+
+template <class Real>
+struct LayerNormBackward {
+  typedef LstmLayerNormBackward Arguments;
+  typedef LayerNormBackwardPlan<Real> Plan;
+  typedef LayerNormBackwardMember<Real> Member;
+
+  static Plan lay_out(const Arguments &a, const Split &split, Memory &memory) {
+    BackwardPlan<Real> plain = Backward<Real>::lay_out(a, split, memory);
+    const Rows rows = rows_of(a, memory);
+    plain.normalized = true;
+    plain.grad_product = {a.grad_product, rows.offsets};
+    if (!plain.projected) plain.grad_m = memory.take<Real>(a.batch * a.hidden_size);
+    if (!memory.counting()) advise_rows<Real>(a.grad_product, rows, 4 * a.hidden_size);
+    return {plain,
+            LayerNorm<Real>(a),
+            {a.normalized, rows.offsets},
+            {a.rstd, rows.offsets},
+            {a.grad_z, rows.offsets}};
   }
 };
 
@@ -362,4 +401,14 @@ static int32_t forward(const LstmForward *recurrences, int64_t count, int64_t dt
 static int32_t backward(const LstmBackward *recurrences, int64_t count, int64_t dtype,
                         int64_t threads, Scratch &scratch) {
   return run_dtype<Backward>(recurrences, count, dtype, threads, scratch);
+}
+
+static int32_t layer_norm_forward(const LstmLayerNormForward *recurrences, int64_t count,
+                                  int64_t dtype, int64_t threads, Scratch &scratch) {
+  return run_dtype<LayerNormForward>(recurrences, count, dtype, threads, scratch);
+}
+
+static int32_t layer_norm_backward(const LstmLayerNormBackward *recurrences, int64_t count,
+                                   int64_t dtype, int64_t threads, Scratch &scratch) {
+  return run_dtype<LayerNormBackward>(recurrences, count, dtype, threads, scratch);
 }

@@ -118,6 +118,26 @@ struct Simd {
     return quotient + y * (t - quotient * d);
   }
 
+  // The first `count` lanes, the others 0.
+  INLINE Vector first(Vector v, int64_t count) {
+    Integers lane;
+    _Pragma("GCC unroll 16") for (int l = 0; l < kWidth; ++l) lane[l] = l;
+    const Integers end = Integers{} + typename Constants::Integer(min(count, kWidth));
+    return lane < end ? v : Vector{};
+  }
+
+  // The sum of all lanes, always in the same order.
+  INLINE Real sum(Vector v) {
+#ifdef SHUFFLES
+    return halved<kWidth / 2>(v)[0];
+#else
+    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+    }
+    return v[0];
+#endif
+  }
+
   // Lane l becomes the sum of the lanes of rows[l], always in the same order.
   INLINE Vector sums(Vector (&rows)[kWidth]) {
 #ifdef SHUFFLES
@@ -125,12 +145,7 @@ struct Simd {
     return rows[0];
 #else
     Vector result{};
-    for (int64_t l = 0; l < kWidth; ++l) {
-      for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-        for (int64_t i = 0; i < half; ++i) rows[l][i] += rows[l][i + half];
-      }
-      result[l] = rows[l][0];
-    }
+    for (int64_t l = 0; l < kWidth; ++l) result[l] = sum(rows[l]);
     return result;
 #endif
   }
@@ -142,6 +157,14 @@ struct Simd {
 
  private:
 #ifdef SHUFFLES
+  // The sum of all lanes comes to lie in the first.
+  template <int BLOCK>
+  INLINE Vector halved(Vector v) {
+    typedef std::make_integer_sequence<int, int(kWidth)> Lanes;
+    v += second_halves<BLOCK>(v, v, Lanes{});
+    if constexpr (BLOCK > 1) return halved<BLOCK / 2>(v);
+    return v;
+  }
   template <int BLOCK>
   INLINE void fold(Vector (&rows)[kWidth]) {
     typedef std::make_integer_sequence<int, int(kWidth)> Lanes;
