@@ -42,7 +42,7 @@ class Addition:
 
     Attributes:
         name: of its record.
-        ours: how it is asked for.
+        call: arguments of the call of the layer.
         options: arguments of `fused_lstm.LSTM`.
         todays: how it is done with PyTorch alone, and `todays_layer` with which layer; None where
             masks are random, so that results could not be compared.
@@ -50,7 +50,7 @@ class Addition:
     """
 
     name: str
-    ours: Way
+    call: dict[str, Any]
     options: dict[str, Any]
     todays: Way | None = None
     todays_layer: type[nn.Module] = nn.LSTM
@@ -66,13 +66,6 @@ def list_additions(device: torch.device) -> list[Addition]:
     drawn = torch.randint(T // 4, T + 1, (B,), generator=generator)
     drawn[0] = T
     drawn_on_device, full = drawn.to(device), torch.full((B,), T, device=device)
-
-    def plain(layer: Any, x: Tensor, h: Tensor, c: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        output, states, *cells = layer(x, (h, c), **options)
-        return output, *states, *cells
-
-    def with_options(**options: Any) -> Way:
-        return lambda layer, x, h, c: plain(layer, x, h, c, **options)
 
     def step_by_step(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         outputs = []
@@ -98,31 +91,31 @@ def list_additions(device: torch.device) -> list[Addition]:
     return [
         Addition(
             "resets",
-            with_options(resets=resets),
+            {"resets": resets},
             {},
             step_by_step,
             description="loop over nn.LSTM, states masked",
         ),
         Addition(
             "lengths",
-            with_options(lengths=drawn_on_device),
+            {"lengths": drawn_on_device},
             {},
             packed,
             description="pack_padded_sequence, nn.LSTM, pad_packed_sequence",
         ),
-        Addition("lengths-all-T", with_options(lengths=full), {}),
+        Addition("lengths-all-T", {"lengths": full}, {}),
         Addition(
             "return_cells",
-            with_options(return_cells=True),
+            {"return_cells": True},
             {},
             cell_by_cell,
             nn.LSTMCell,
             "loop over nn.LSTMCell",
         ),
-        Addition("recurrent_dropout", plain, {"recurrent_dropout": 0.25}),
-        Addition("weight_dropout", plain, {"weight_dropout": 0.5}),
-        Addition("zoneout", plain, {"zoneout": 0.1}),
-        Addition("cell_clip", plain, {"cell_clip": 3.0}),
+        Addition("recurrent_dropout", {}, {"recurrent_dropout": 0.25}),
+        Addition("weight_dropout", {}, {"weight_dropout": 0.5}),
+        Addition("zoneout", {}, {"zoneout": 0.1}),
+        Addition("cell_clip", {}, {"cell_clip": 3.0}),
     ]
 
 
@@ -193,7 +186,7 @@ def measure(addition: Addition, mode: str, device: torch.device, seconds: float)
     ours = fused_lstm.LSTM(inputs, hidden, device=device, **addition.options).train(training)
     plain = fused_lstm.LSTM(inputs, hidden, device=device).train(training)
     contenders: dict[str, tuple[nn.Module, Way]] = {
-        "ours": (ours, addition.ours),
+        "ours": (ours, lambda layer, x, h, c: _flat(layer(x, (h, c), **addition.call))),
         "plain": (plain, lambda layer, x, h, c: _flat(layer(x, (h, c)))),
     }
     if addition.todays is not None:
@@ -203,7 +196,8 @@ def measure(addition: Addition, mode: str, device: torch.device, seconds: float)
         # A cell's parameters are named as a layer's are, without the layer's number.
         values = iter(parameters.values())
         layer.load_state_dict({name: next(values) for name in layer.state_dict()})
-    explanation = fused_lstm.explain(ours, data.inputs[0])
+    with torch.set_grad_enabled(training):
+        explanation = fused_lstm.explain(ours, data.inputs[0], **addition.call)
     result: dict[str, Any] = {
         "addition": addition.name,
         "options": addition.options,

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fused_lstm.backends import check_name
-from fused_lstm.module import LSTM, REGULARIZERS, LSTMCell, check_expressible
-from fused_lstm.regularization import Zoneout, check_clip, check_probability, check_zoneout
+from fused_lstm.module import LSTM, REGULARIZERS, LSTMCell, as_given, check_expressible
+from fused_lstm.regularization import Zoneout, check_clip, check_probability
 
 __all__ = ["replace_lstm", "restore_lstm"]
 
@@ -31,6 +31,7 @@ def replace_lstm(
 
     Parameters, hooks, flags and names stay the very same objects, so optimizers and checkpoints go
     on working. Subclasses of torch's layers are left alone: their forward pass may be their own.
+    Layers that are fused already keep their options.
 
     Args:
         model: any module; if it is itself an LSTM, it becomes a fused one.
@@ -48,11 +49,10 @@ def replace_lstm(
         TypeError: if model is not a module, or backend neither None nor a string.
         ValueError: if an option has no such value.
     """
-    check_zoneout(zoneout)
     options: dict[str, Any] = {
         "recurrent_dropout": check_probability("recurrent_dropout", recurrent_dropout),
         "weight_dropout": check_probability("weight_dropout", weight_dropout),
-        "zoneout": tuple(zoneout) if isinstance(zoneout, list) else zoneout,
+        "zoneout": as_given(zoneout),
         "cell_clip": check_clip(cell_clip),
     }
     check_name(backend)
@@ -66,6 +66,8 @@ def replace_lstm(
 
 def restore_lstm(model: Model) -> Model:
     """Undo `replace_lstm`: make every fused layer of a model a torch layer again.
+
+    A `LayerNormLSTM`, which replaces nothing of torch's, stays.
 
     Args:
         model: any module.

@@ -26,7 +26,12 @@ from fused_lstm.layer import (
     composed_layer,
     native_layer,
 )
-from fused_lstm.modifiers import NO_MODIFIERS, Modifiers, check_length_values
+from fused_lstm.modifiers import (
+    NO_MODIFIERS,
+    Modifiers,
+    check_length_values,
+    check_modifiers,
+)
 from fused_lstm.recurrence import recording_under_way, transform_under_way
 from fused_lstm.reference import check_batch_sizes
 from fused_lstm.regularization import NO_REGULARIZATION, Regularization
@@ -114,6 +119,8 @@ def lstm(
     elif name == AtenBackend.name:
         raise BackendUnavailableError(f"backend={name!r} cannot run here: {UNTRACEABLE}")
     additions = _additions(lengths, resets, return_cells, regularization, training)
+    if lengths is not None or resets is not None:
+        _check_sequences(input, hx, weights, lengths, resets, batch_sizes is not None, batch_first)
     if normalization is not None:
         additions = ("layer_norm", *additions)
     if training and regularization.weight_dropout:
@@ -164,6 +171,25 @@ def lstm(
     else:
         run = functools.partial(composed_layer, batch_sizes=batch_sizes, backend=name)
     return _stack_of_layers(run, stack, x, hx, groups, normalization, first, return_cells)
+
+
+def _check_sequences(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    packed: bool,
+    batch_first: bool,
+) -> None:
+    """Raise unless lengths and resets fit the input: kernels get pointers, aten packs."""
+    leading = tuple(input.shape[:-1])
+    if batch_first and not packed:
+        leading = leading[::-1]
+    batch = hx[0].shape[1] if packed else leading[1]
+    rows, features = weights[1].shape
+    modifiers = Modifiers(lengths, resets)
+    check_modifiers(modifiers, leading, batch, features, rows // 4, input.dtype, input.device)
 
 
 def _additions(

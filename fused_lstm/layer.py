@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lstm.backends.native import widened
+from fused_lstm.devices import autocast_is_on
 from fused_lstm.layer_norm_recurrence import layer_norm_recurrence
 from fused_lstm.layer_norm_reference import LayerNorm
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
@@ -129,14 +130,14 @@ def composed_layer(
         if norms is None:
             gates = F.linear(x, own.ih, bias)
         else:
-            gates = _normalized(F.linear(x, own.ih), norms[direction].gain_ih, bias, eps)
+            gates = _normalized(F.linear(x, own.ih), x, norms[direction].gain_ih, bias, eps)
         if batch_first:
             # A view: the kernels read any strides.
             gates = gates.transpose(0, 1)
         # Under autocast the projection has chosen the dtype, and the recurrence follows it.
         dtype = gates.dtype
-        if modifier.recurrent_mask is not None:
-            modifier = modifier._replace(recurrent_mask=modifier.recurrent_mask.to(dtype))
+        if modifier is not NO_MODIFIERS:
+            modifier = modifier.to(dtype)
         arguments = (
             gates,
             own.hh.to(dtype),
@@ -150,7 +151,9 @@ def composed_layer(
         if norms is None:
             out = recurrence(*arguments, backend, save_cells=return_cells)
         else:
-            own_norms: list[Any] = [t if t is None else t.to(dtype) for t in norms[direction]]
+            own_norms: list[Any] = list(norms[direction])
+            if autocast_is_on(x.device.type):
+                own_norms = [t if t is None else t.to(dtype) for t in own_norms]
             _, gain_hh, gain_c, bias_c = own_norms
             norm = LayerNorm(gain_hh, gain_c, bias_c, eps)
             out = layer_norm_recurrence(*arguments, norm, backend)
@@ -168,8 +171,16 @@ def composed_layer(
     )
 
 
-def _normalized(gates: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def _normalized(gates: Tensor, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Normalize x·W_ihᵀ over its 4H features, in the dtype of states, rounded once."""
+    if tuple(gain.shape) != (gates.shape[-1],):
+        raise RuntimeError(
+            f"Expected gain_ih to have size {[gates.shape[-1]]}, got {list(gain.shape)}"
+        )
+    if gain.dtype != x.dtype and not autocast_is_on(x.device.type):
+        raise RuntimeError(
+            f"Expected gain_ih to have the dtype of the input, {x.dtype}, got {gain.dtype}"
+        )
     wide = state_dtype(gates.dtype)
     bias = None if bias is None else bias.to(wide)
     with autocast_off(gates.device.type):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import torch
@@ -73,8 +75,9 @@ class LayerNormLSTM(LSTM):
         cell_clip: float | None = None,
         backend: str | None = None,
     ) -> None:
-        if not eps > 0:
-            raise ValueError(f"eps: expected a number above 0, got {eps!r}")
+        number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
+        if not number or not 0 < eps < math.inf:
+            raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
         super().__init__(
             input_size,
             hidden_size,
@@ -149,8 +152,8 @@ class LayerNormLSTM(LSTM):
         raise ValueError("torch.nn.LSTM has no layer normalization")
 
     def __prepare_scriptable__(self) -> nn.LSTM:
-        """Give `torch.jit.script` the module itself, which it refuses."""
-        return self
+        """Tell `torch.jit.script` that there is nothing of torch's to compile."""
+        return self.to_torch()
 
     def extra_repr(self) -> str:
         """As `fused_lstm.LSTM`, and eps."""

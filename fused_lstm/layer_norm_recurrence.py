@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_lstm import backends, ops
 from fused_lstm.backends import LayerNormBackwardArguments, LayerNormForwardArguments
 from fused_lstm.layer_norm_reference import LayerNorm, layer_norm_forward, normalize
-from fused_lstm.modifiers import Modifiers, check_length_values
+from fused_lstm.modifiers import Modifiers, check_length_values, check_modifiers
 from fused_lstm.recurrence import (
     product_operand,
     readable,
@@ -53,13 +53,30 @@ def layer_norm_recurrence(
         norm: gains, bias and eps, in the dtype of gates.
         backend: a backend's name, or None for the default choice.
     """
+    _check_norm(norm, gates)
+    leading = tuple(gates.shape[:-1])
+    check_modifiers(
+        modifiers,
+        leading,
+        h0.shape[0],
+        weight_hh.shape[1],
+        c0.shape[1],
+        gates.dtype,
+        gates.device,
+    )
     tensors = (gates, weight_hh, h0, c0, weight_hr, *norm[:3])
-    plain = (gates, weight_hh, h0, c0, weight_hr, batch_sizes, modifiers, reverse, norm)
     transform = transform_under_way()
+    recording = transform or recording_under_way(tensors)
+    lengths = modifiers.lengths
+    if recording and lengths is not None:
+        # Its values are not to be had here: the operator is looked at when it runs.
+        modifiers = modifiers._replace(lengths=ops.checked_lengths(lengths, gates.shape[0]))
+    elif lengths is not None:
+        check_length_values(lengths, gates.shape[0])
+    plain = (gates, weight_hh, h0, c0, weight_hr, batch_sizes, modifiers, reverse, norm)
     if transform != "compile":
-        check_length_values(modifiers.lengths, gates.shape[0])
         backend = backends.requested_name(backend)
-    if not transform and not recording_under_way(tensors):
+    if not recording:
         training = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in tensors
         )
@@ -75,8 +92,27 @@ def layer_norm_recurrence(
                 "forward", problem, backend, lambda chosen: chosen.layer_norm_forward(arguments)
             )
             return LSTMOutput(result.h, result.c, result.h_n, result.c_n)
-    out = layer_norm_forward(*plain)
+    with ops.autocast_off(gates.device.type):
+        out = layer_norm_forward(*plain)
     return LSTMOutput(out.h, out.c, out.h_n, out.c_n)
+
+
+def _check_norm(norm: LayerNorm, gates: Tensor) -> None:
+    """Raise unless gains and bias fit the gates: kernels get pointers."""
+    hidden = gates.shape[-1] // 4
+    shapes = {"gain_hh": (4 * hidden,), "gain_c": (hidden,), "bias_c": (hidden,)}
+    for (name, shape), tensor in zip(shapes.items(), norm[:3], strict=True):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(
+                f"Expected {name} to have size {list(shape)}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != gates.dtype or tensor.device != gates.device:
+            raise RuntimeError(
+                f"Expected {name} to have the dtype and device of the gates, {gates.dtype} on "
+                f"{gates.device}, got {tensor.dtype} on {tensor.device}"
+            )
 
 
 def _problem(arguments: tuple[Any, ...], training: bool) -> backends.Problem:

@@ -7,6 +7,7 @@ projection), `N` rows of a packed batch.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -40,19 +41,38 @@ class Modifiers(NamedTuple):
             name for name, value in zip(self._fields, self, strict=True) if value is not None
         )
 
+    def to(self, dtype: torch.dtype) -> Modifiers:
+        """The masks for gates in `dtype`: probabilities may stay in float32 for 16-bit gates."""
+
+        def zoneout(mask: Tensor | None) -> Tensor | None:
+            return mask if mask is None or mask.dtype in _mask_dtypes(dtype) else mask.to(dtype)
+
+        return self._replace(
+            recurrent_mask=None if self.recurrent_mask is None else self.recurrent_mask.to(dtype),
+            zoneout_h=zoneout(self.zoneout_h),
+            zoneout_c=zoneout(self.zoneout_c),
+        )
+
 
 NO_MODIFIERS = Modifiers()
 
 
+def _mask_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What zoneout may be given in: float32 for 16-bit gates rounds a probability less."""
+    return (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+
+
 def check_length_values(lengths: Tensor | None, steps: int) -> None:
-    """Raise unless every length is between 0 and T; on a GPU the device raises, later.
+    """Raise unless every length is between 0 and T; on an NVIDIA or AMD GPU the device does, later.
 
     Raises:
         ValueError: if one is not.
     """
     if lengths is None or not lengths.numel():
         return
-    if lengths.device.type != "cpu":
+    if lengths.device.type == "meta":
+        return
+    if lengths.device.type == "cuda":
         within = ((lengths >= 0) & (lengths <= steps)).all()
         # No waiting for the device, as where an index is out of range.
         torch._assert_async(within, f"lengths: expected 0 <= length <= {steps}")
@@ -94,8 +114,7 @@ def check_modifiers(
             "lengths: expected none with batch_sizes, which already say how long sequences are, "
             f"got {list(lengths.shape)}"
         )
-    # float32 for a mask of bfloat16 gates: a probability is rounded less.
-    masks = (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    masks = _mask_dtypes(dtype)
     expected = {
         "lengths": (lengths, (batch,), (torch.int64,)),
         "resets": (resets, leading, (torch.bool,)),
@@ -106,13 +125,19 @@ def check_modifiers(
     for name, (tensor, shape, dtypes) in expected.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {tensor!r}")
         if tensor.dtype not in dtypes:
-            raise TypeError(f"{name}: expected {dtypes[0]}, got {tensor.dtype}")
+            names = " or ".join(map(str, dtypes))
+            raise TypeError(f"{name}: expected {names}, got {tensor.dtype}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
         if tensor.requires_grad:
             raise ValueError(f"{name}: expected a tensor that requires no gradient")
-    if cell_clip is not None and not (cell_clip > 0 and math.isfinite(cell_clip)):
-        raise ValueError(f"cell_clip: expected None or a finite number above 0, got {cell_clip}")
+    if cell_clip is None:
+        return
+    number = isinstance(cell_clip, numbers.Real) and not isinstance(cell_clip, bool)
+    if not number or not 0 < cell_clip < math.inf:
+        raise ValueError(f"cell_clip: expected None or a finite number above 0, got {cell_clip!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -115,8 +116,7 @@ class LSTM(nn.LSTM):
         )
         self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
         self.weight_dropout = check_probability("weight_dropout", weight_dropout)
-        check_zoneout(zoneout)
-        self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
+        self.zoneout = as_given(zoneout)
         self.cell_clip = check_clip(cell_clip)
         self.backend = check_name(backend)
 
@@ -398,8 +398,7 @@ class LSTM(nn.LSTM):
 
     def __prepare_scriptable__(self) -> nn.LSTM:
         """What `torch.jit.script` compiles, and leaves in the model, in this module's place."""
-        if inexpressible(self):
-            return self
+        check_expressible(self)
         return _scriptable(self, LSTM, self.to_torch)  # type: ignore[no-any-return]
 
 
@@ -524,11 +523,17 @@ def check_expressible(module: nn.LSTM) -> None:
         raise ValueError(f"torch.nn.LSTM has no {' and no '.join(options)} in {mode} mode")
 
 
+def as_given(zoneout: Any) -> Zoneout:
+    """Checked zoneout, a number if it was one: what a module keeps and shows."""
+    pair = check_zoneout(zoneout)
+    return pair if isinstance(zoneout, (tuple, list)) and any(pair) else pair[0]
+
+
 def _check_forget_bias(value: Any, bias: bool) -> float | None:
     """Return `value` if it is None, or a finite number and there are biases."""
     if value is None:
         return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise ValueError(f"forget_bias: expected None or a finite number, got {value!r}")
     if not bias:

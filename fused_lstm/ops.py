@@ -22,11 +22,12 @@ from fused_lstm import backends
 from fused_lstm.backends import BackwardArguments, ForwardArguments, Problem
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import KernelFallbackWarning
-from fused_lstm.modifiers import Modifiers, check_length_values
+from fused_lstm.modifiers import Modifiers, check_length_values, check_modifiers
 from fused_lstm.reference import state_dtype
 
 __all__ = [
     "autocast_off",
+    "checked_lengths",
     "failed_kernels",
     "lstm_backward",
     "lstm_forward",
@@ -42,14 +43,11 @@ _failed: set[tuple[object, ...]] = set()
 
 def _kernel(backend: str, direction: str, problem: Problem) -> tuple[object, ...]:
     """Name a kernel by all that its code depends on."""
-    return (
-        backend,
-        direction,
-        problem.device,
-        problem.dtype,
-        problem.hidden_size,
-        problem.additions,
-    )
+    additions = set(problem.additions) - {"return_cells"}
+    normalized = "layer_norm" in additions
+    modified = bool(additions - {"layer_norm"})
+    sizes = (problem.device, problem.dtype, problem.hidden_size)
+    return backend, direction, *sizes, normalized, modified
 
 
 def failed_kernels(backend: str, problem: Problem) -> list[str]:
@@ -121,6 +119,26 @@ def run_on_backend(
         return launch(backends.get_backend(always_right))
 
 
+@torch.library.custom_op("fused_lstm::checked_lengths", mutates_args=())
+def checked_lengths(lengths: Tensor, steps: int) -> Tensor:
+    """A copy of the lengths [B], once `check_length_values` has passed them.
+
+    For programs that are recorded, and run later or on a batch of them.
+    """
+    check_length_values(lengths, steps)
+    return lengths.clone()
+
+
+@checked_lengths.register_fake
+def _(lengths: Tensor, steps: int) -> Tensor:
+    return torch.empty_like(lengths)
+
+
+@checked_lengths.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], lengths: Tensor, steps: int) -> Any:
+    return checked_lengths(lengths, steps), in_dims[0]
+
+
 @torch.library.custom_op("fused_lstm::lstm_forward", mutates_args=())
 def lstm_forward(
     gates: Tensor,
@@ -164,8 +182,13 @@ def lstm_forward(
         h, c, activations, h_n, c_n; see `reference.RecurrenceForward`. What is not saved is an
         empty tensor of shape [0].
     """
-    check_length_values(lengths, gates.shape[0])
     modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
+    if modifiers.names():
+        # Compiled programs come unchecked, and kernels get pointers.
+        features, (batch, hidden) = weight_hh.shape[1], c0.shape
+        leading = tuple(gates.shape[:-1])
+        check_modifiers(modifiers, leading, batch, features, hidden, gates.dtype, gates.device)
+        check_length_values(lengths, gates.shape[0])
     problem = recurrence_problem(
         gates,
         weight_hh,

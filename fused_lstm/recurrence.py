@@ -89,8 +89,9 @@ def lstm_recurrence(
             batch_sizes. A value out of range raises, on a GPU as a failed assertion of the device.
         resets: [T, B] or [N] bool, any strides.
         recurrent_mask: [B, P] in the dtype of gates; not differentiated, and so for the next two.
-        zoneout_h: [T, B, P] or [N, P] between 0 and 1, in the dtype of gates or float32, any
-            strides: 0 and 1 where units keep their state or do not, or a probability.
+        zoneout_h: [T, B, P] or [N, P] between 0 and 1, in the dtype of gates, or float32 for
+            16-bit ones, any strides: 1 and 0 where units keep their state or do not, or a
+            probability.
         zoneout_c: [T, B, H] or [N, H], likewise.
         cell_clip: above 0.
         reverse: whether time runs backwards; outputs stay in the order of the input.

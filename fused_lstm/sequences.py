@@ -56,16 +56,17 @@ def as_lengths(lengths: Lengths, batch: int, steps: int, batched: bool, like: Te
     if tuple(lengths.shape) != (batch,):
         expected = f"[{batch}], one for each sequence" if batched else "[1], or no dimension"
         raise ValueError(f"lengths: expected shape {expected}, got {list(lengths.shape)}")
-    return lengths.to(device=like.device, dtype=torch.int64, non_blocking=True)
+    return _moved(lengths.to(torch.int64), like.device)
 
 
 def _from_list(lengths: Sequence[int] | int, steps: int) -> Tensor:
     """Integers as a tensor, or raise what `as_lengths` says."""
-    several = isinstance(lengths, Sequence) or hasattr(lengths, "__array__")
+    # Of NumPy's numbers and arrays only the latter have dimensions.
+    several = isinstance(lengths, Sequence) or getattr(lengths, "ndim", 0) > 0
     integers = []
     for value in lengths if several else (lengths,):  # type: ignore[union-attr]
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
                 raise TypeError
             integers.append(operator.index(value))  # type: ignore[arg-type]
         except TypeError:
@@ -100,7 +101,7 @@ def as_resets(resets: Tensor, leading: tuple[int, ...], batch_first: bool, like:
         raise ValueError(
             f"resets: expected shape {list(leading)} ({names}), got {list(resets.shape)}"
         )
-    resets = resets.to(like.device, non_blocking=True)
+    resets = _moved(resets, like.device)
     if len(leading) == 1:
         return resets.unsqueeze(1)
     return resets.t() if batch_first else resets
@@ -136,14 +137,24 @@ def as_packed_resets(
                 f"{_order(input).tolist()}), got data {list(resets.data.shape)}, batch_sizes "
                 f"{resets.batch_sizes.tolist()}, order {_order(resets).tolist()}"
             )
-        return resets.data.to(rows.device, non_blocking=True)
+        return _moved(resets.data, rows.device)
     leading = (batch, steps) if batch_first else (steps, batch)
     padded = as_resets(resets, leading, batch_first, rows)
     step, column = (
-        index.to(rows.device, non_blocking=True)
-        for index in packed_positions(batch_sizes, rows.shape[0])
+        _moved(index, rows.device) for index in packed_positions(batch_sizes, rows.shape[0])
     )
     return padded[step, column if order is None else order[column]]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for a GPU where nobody can tell.
+
+    Pageable memory is read before the call returns. Pinned memory is read later, when its owner may
+    have refilled it, and what comes from a GPU arrives later.
+    """
+    if tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and not tensor.is_pinned())
 
 
 def _order(sequence: PackedSequence) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from typing_extensions import override
 
 from fused_lstm.backends.base import Backend, Problem, Support
+from fused_lstm.devices import autocast_is_on
 
 __all__ = ["UNTRACEABLE", "AtenBackend"]
 
@@ -130,7 +131,12 @@ class AtenBackend(Backend):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if not len(present):
             features = (2 if options["bidirectional"] else 1) * h_0.shape[-1]
-            return input.new_zeros((*input.shape[:2], features)), h_0.clone(), c_0.clone()
+            kind = input.device.type
+            dtype = torch.get_autocast_dtype(kind) if autocast_is_on(kind) else input.dtype
+            # A sum of nothing: the zeros depend on the weights, for who asks for gradients.
+            zero = weights[1].flatten()[:0].sum().to(dtype)
+            output = zero.expand(*input.shape[:2], features).clone()
+            return output, h_0.to(dtype, copy=True), c_0.to(dtype, copy=True)
         packed = pack_padded_sequence(
             input.index_select(batch, present),
             lengths[present].cpu(),

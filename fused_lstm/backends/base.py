@@ -43,7 +43,7 @@ class Problem(NamedTuple):
             "trace" (`torch.jit.trace`), "modes" (dispatch modes and tensor subclasses), or "".
         cell: whether it is one step of an `LSTMCell`.
         additions: what is asked for beyond `torch.nn.LSTM`: names of arguments of
-            `fused_lstm.LSTM` for whole layers, of `Modifiers` for one recurrence.
+            `fused_lstm.LSTM` for whole layers, of `Modifiers` for one recurrence, and "layer_norm".
     """
 
     device: DeviceDescription
