@@ -27,8 +27,8 @@ import fused_lstm
 from benchmarks import cases, records, timing
 from benchmarks.compare import device_argument, positive_number
 
-# T, B, I, H
-SIZES = (128, 64, 128, 128)
+# T, B, I, H: where matrix products take most of the time, and where they do not.
+SIZES = ((128, 64, 128, 128), (128, 8, 16, 64))
 MODES = cases.MODES
 DEFAULT_SECONDS = 3.0
 
@@ -57,9 +57,8 @@ class Addition:
     description: str = ""
 
 
-def list_additions(device: torch.device) -> list[Addition]:
+def list_additions(T: int, B: int, device: torch.device) -> list[Addition]:
     """List what is timed: sequences of other lengths, episodes, cell states, regularizers."""
-    T, B, *_ = SIZES
     generator = torch.Generator().manual_seed(0)
     resets = (torch.rand(T, B, generator=generator) < 0.05).to(device)
     keep = (~resets).unsqueeze(-1)
@@ -156,9 +155,11 @@ def run(device: torch.device, out: Path, seconds: float) -> int:
         0, or 1 if a result was wrong.
     """
     environment = records.describe_environment(device)
+    gemm = timing.gemm_flops_per_second(torch.float32, device)
     measured = [
-        measure(addition, mode, device, seconds)
-        for addition in list_additions(device)
+        measure(addition, sizes, mode, device, seconds, gemm)
+        for sizes in SIZES
+        for addition in list_additions(*sizes[:2], device)
         for mode in MODES
     ]
     records.write_json(
@@ -166,7 +167,7 @@ def run(device: torch.device, out: Path, seconds: float) -> int:
         {
             "schema": records.SCHEMA,
             "environment": asdict(environment),
-            "sizes": dict(zip("TBIH", SIZES, strict=True)),
+            "gemm_flops_per_second": gemm,
             "dtype": "float32",
             "seconds_per_mode": seconds,
             "additions": measured,
@@ -176,9 +177,21 @@ def run(device: torch.device, out: Path, seconds: float) -> int:
     return int(any(result["status"] == "wrong" for result in measured))
 
 
-def measure(addition: Addition, mode: str, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Time one addition, the same layer without it, and today's way, in turns."""
-    T, B, inputs, hidden = SIZES
+def measure(
+    addition: Addition,
+    sizes: tuple[int, int, int, int],
+    mode: str,
+    device: torch.device,
+    seconds: float,
+    gemm: float,
+) -> dict[str, Any]:
+    """Time one addition, the same layer without it, and today's way, in turns.
+
+    Returns:
+        What goes into the record. `ratio` is today's time over ours, `largest_ratio` what it would
+        be if ours were nothing but the matrix products of all steps at the rate `gemm`.
+    """
+    T, B, inputs, hidden = sizes
     case = cases.Case(cases.Shape(T, B, inputs, hidden), "float32")
     data = cases.make_data(case, device)
     parameters = cases.make_parameters(case, device)
@@ -200,6 +213,7 @@ def measure(addition: Addition, mode: str, device: torch.device, seconds: float)
         explanation = fused_lstm.explain(ours, data.inputs[0], **addition.call)
     result: dict[str, Any] = {
         "addition": addition.name,
+        "sizes": dict(zip("TBIH", sizes, strict=True)),
         "options": addition.options,
         "mode": mode,
         "backend": explanation.backend,
@@ -225,6 +239,9 @@ def measure(addition: Addition, mode: str, device: torch.device, seconds: float)
     result["over_plain"] = times["ours"].p50 / times["plain"].p50
     if "todays" in times:
         result["ratio"] = times["todays"].p50 / times["ours"].p50
+        if addition.name != "lengths":
+            # With lengths there are fewer products.
+            result["largest_ratio"] = times["todays"].p50 * gemm / case.flops(mode)
     return result
 
 
@@ -279,7 +296,8 @@ def _print_table(measured: list[dict[str, Any]]) -> None:
             result["backend"],
             f"{1e3 * result['seconds']['ours']['p50']:.2f}",
             f"{result['over_plain']:.2f}",
-            f"{result['ratio']:.1f}  ({result['todays_way']})" if "ratio" in result else "",
+            f"{result['todays_way']}  {result['ratio']:.1f}" if "ratio" in result else "",
+            f"{result['largest_ratio']:.1f}" if "largest_ratio" in result else "",
         )
     Console(width=150 if not sys.stdout.isatty() else None).print(table)
 
