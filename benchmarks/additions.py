@@ -155,13 +155,18 @@ def run(device: torch.device, out: Path, seconds: float) -> int:
         0, or 1 if a result was wrong.
     """
     environment = records.describe_environment(device)
-    gemm = timing.gemm_flops_per_second(torch.float32, device)
-    measured = [
-        measure(addition, sizes, mode, device, seconds, gemm)
-        for sizes in SIZES
-        for addition in list_additions(*sizes[:2], device)
-        for mode in MODES
-    ]
+    measured = []
+    gemm = 0.0
+    for sizes in SIZES:
+        for addition in list_additions(*sizes[:2], device):
+            # Again each time, for the first may have met a busy machine.
+            gemm = max(gemm, timing.gemm_flops_per_second(torch.float32, device))
+            measured += [measure(addition, sizes, mode, device, seconds) for mode in MODES]
+    for result in measured:
+        if "ratio" in result and result["addition"] != "lengths":
+            # With lengths there are fewer products.
+            todays = result["seconds"]["todays"]["p50"]
+            result["largest_ratio"] = todays * gemm / result["flops"]
     records.write_json(
         out / environment.slug / "additions.json",
         {
@@ -183,13 +188,13 @@ def measure(
     mode: str,
     device: torch.device,
     seconds: float,
-    gemm: float,
 ) -> dict[str, Any]:
     """Time one addition, the same layer without it, and today's way, in turns.
 
     Returns:
-        What goes into the record. `ratio` is today's time over ours, `largest_ratio` what it would
-        be if ours were nothing but the matrix products of all steps at the rate `gemm`.
+        What goes into the record: `ratio` is today's time over ours. `run` adds `largest_ratio`,
+        what it would be if ours were nothing but the products of all steps, at the rate of a large
+        matrix product.
     """
     T, B, inputs, hidden = sizes
     case = cases.Case(cases.Shape(T, B, inputs, hidden), "float32")
@@ -216,6 +221,7 @@ def measure(
         "sizes": dict(zip("TBIH", sizes, strict=True)),
         "options": addition.options,
         "mode": mode,
+        "flops": case.flops(mode),
         "backend": explanation.backend,
         "todays_way": addition.description,
         "status": "timed",
@@ -239,9 +245,6 @@ def measure(
     result["over_plain"] = times["ours"].p50 / times["plain"].p50
     if "todays" in times:
         result["ratio"] = times["todays"].p50 / times["ours"].p50
-        if addition.name != "lengths":
-            # With lengths there are fewer products.
-            result["largest_ratio"] = times["todays"].p50 * gemm / case.flops(mode)
     return result
 
 
@@ -276,24 +279,19 @@ def _error_over_budget(contenders: dict[str, tuple[nn.Module, Way]], data: cases
 
 
 def _print_table(measured: list[dict[str, Any]]) -> None:
-    table = Table(title="T {}, B {}, I {}, H {}, float32".format(*SIZES))
-    for column in (
-        "addition",
-        "mode",
-        "backend",
-        "ms",
-        "× plain time",
-        "× faster than today's way",
-    ):
-        table.add_column(column, justify="left" if column in ("addition", "mode") else "right")
+    table = Table(title="float32; at most: if ours were its matrix products alone")
+    for column in ("T, B, I, H", "addition", "mode", "backend"):
+        table.add_column(column)
+    for column in ("ms", "× plain time", "× faster than today's way", "at most"):
+        table.add_column(column, justify="right")
     for result in measured:
+        sizes = ", ".join(map(str, result["sizes"].values()))
+        row = (sizes, result["addition"], result["mode"], result["backend"])
         if result["status"] == "wrong":
-            table.add_row(result["addition"], result["mode"], result["backend"], "WRONG", "", "")
+            table.add_row(*row, "WRONG", "", "", "")
             continue
         table.add_row(
-            result["addition"],
-            result["mode"],
-            result["backend"],
+            *row,
             f"{1e3 * result['seconds']['ours']['p50']:.2f}",
             f"{result['over_plain']:.2f}",
             f"{result['todays_way']}  {result['ratio']:.1f}" if "ratio" in result else "",
