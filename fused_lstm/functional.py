@@ -17,6 +17,7 @@ from fused_lstm import backends
 from fused_lstm.backends import Problem
 from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
+from fused_lstm.checks import check_cell, check_sequences, check_tensors, check_weights, fit
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.layer import (
@@ -30,7 +31,6 @@ from fused_lstm.modifiers import (
     NO_MODIFIERS,
     Modifiers,
     check_length_values,
-    check_modifiers,
 )
 from fused_lstm.recurrence import recording_under_way, transform_under_way
 from fused_lstm.reference import check_batch_sizes
@@ -120,7 +120,7 @@ def lstm(
         raise BackendUnavailableError(f"backend={name!r} cannot run here: {UNTRACEABLE}")
     additions = _additions(lengths, resets, return_cells, regularization, training)
     if lengths is not None or resets is not None:
-        _check_sequences(input, hx, weights, lengths, resets, batch_sizes is not None, batch_first)
+        check_sequences(input, hx, weights, lengths, resets, batch_sizes is not None, batch_first)
     if normalization is not None:
         additions = ("layer_norm", *additions)
     if training and regularization.weight_dropout:
@@ -162,7 +162,7 @@ def lstm(
             problem, input, hx, weights, batch_sizes, batch_first, bias, states, directions
         )
     else:
-        _check_tensors(input, hx, weights, batch_sizes, batch_first, states)
+        check_tensors(input, hx, weights, batch_sizes, batch_first, states)
         groups = _by_direction(weights, bias, states)
     first = batch_first and batch_sizes is None
     stack = _Stack(num_layers, directions, dropout, training, regularization, lengths, resets)
@@ -171,25 +171,6 @@ def lstm(
     else:
         run = functools.partial(composed_layer, batch_sizes=batch_sizes, backend=name)
     return _stack_of_layers(run, stack, x, hx, groups, normalization, first, return_cells)
-
-
-def _check_sequences(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    packed: bool,
-    batch_first: bool,
-) -> None:
-    """Raise unless lengths and resets fit the input: kernels get pointers, aten packs."""
-    leading = tuple(input.shape[:-1])
-    if batch_first and not packed:
-        leading = leading[::-1]
-    batch = hx[0].shape[1] if packed else leading[1]
-    rows, features = weights[1].shape
-    modifiers = Modifiers(lengths, resets)
-    check_modifiers(modifiers, leading, batch, features, rows // 4, input.dtype, input.device)
 
 
 def _additions(
@@ -281,52 +262,6 @@ def layers_problem(
         False,
         additions,
     )
-
-
-def _check_tensors(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    states: int,
-) -> None:
-    """Raise what PyTorch's operator raises, with its texts where they name the fault."""
-    if isinstance(hx, Tensor):
-        raise TypeError("lstm(): argument 'hx' must be tuple of Tensors, not Tensor")
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
-    for kind, tensors in (("hidden", hx), ("parameter", weights)):
-        for tensor in tensors:
-            if tensor.device != input.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at "
-                    f"{input.device} and {kind} tensor at {tensor.device}"
-                )
-    if batch_sizes is None:
-        batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
-        if steps == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    else:
-        # The tensor's first entry is read nowhere else: the states say how large the batch is.
-        batch = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
-    hidden_size, features = weights[1].shape[0] // 4, weights[1].shape[1]
-    autocast = autocast_is_on(input.device.type)
-    for weight in weights:
-        if weight.dtype != input.dtype and not autocast:
-            raise RuntimeError(
-                f"Expected parameters of the dtype of the input, {input.dtype}, got {weight.dtype}"
-            )
-    for k, (state, size) in enumerate(zip(hx, (features, hidden_size), strict=True)):
-        if tuple(state.shape) != (states, batch, size):
-            raise RuntimeError(
-                f"Expected hidden[{k}] size {(states, batch, size)}, got {list(state.shape)}"
-            )
-        if state.dtype != input.dtype and not autocast:
-            raise RuntimeError(
-                f"Expected hidden[{k}] to have the dtype of the input, {input.dtype}, "
-                f"got {state.dtype}"
-            )
 
 
 def _by_direction(weights: list[Tensor], bias: bool, states: int) -> list[DirectionWeights]:
@@ -470,10 +405,10 @@ def _prepare_for_native(
         batch = int(batch_sizes[0])
         leading = (input.shape[0],)
     shape = (states, batch, problem.hidden_size)
-    if not (steps and _fit(groups, x, hx, leading, shape, directions)):
-        _check_tensors(x, hx, weights, batch_sizes, batch_first, states)
-        _check_weights(groups, x, directions)
-        # Nothing has a pointer taken of it that `_fit` has not passed.
+    if not (steps and fit(groups, x, hx, leading, shape, directions)):
+        check_tensors(x, hx, weights, batch_sizes, batch_first, states)
+        check_weights(groups, x, directions)
+        # Nothing has a pointer taken of it that `fit` has not passed.
         raise RuntimeError("Expected input, states and weights that fit each other")
     return x, hx, groups
 
@@ -484,81 +419,6 @@ def _cast(
     """Everything in one dtype, differentiably."""
     h, c = hx
     return input.to(dtype), (h.to(dtype), c.to(dtype)), [weight.to(dtype) for weight in weights]
-
-
-def _fit(
-    groups: list[DirectionWeights],
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    leading: tuple[int, ...],
-    states: tuple[int, ...],
-    directions: int,
-) -> bool:
-    """Whether tensors on a CPU fit each other: one look, where the checks would find the fault.
-
-    Args:
-        groups: weights of all layers and directions.
-        input: [..., I].
-        hx: h and c.
-        leading: the expected shape of the input, without I.
-        states: the expected shape of c, whose last dimension is H.
-        directions: D.
-    """
-    if isinstance(hx, Tensor) or len(hx) != 2:
-        return False
-    (h, c), dtype = hx, input.dtype
-    *outer, hidden = states
-    rows, features = groups[0].hh.shape
-    vector, inputs = (rows,), input.shape[-1]
-    if (
-        rows != 4 * hidden
-        or input.shape[:-1] != leading
-        or c.shape != states
-        or h.shape != (*outer, features)
-        or not (h.dtype is c.dtype is dtype and h.is_cpu and c.is_cpu)
-    ):
-        return False
-    for k, (ih, hh, bias_ih, bias_hh, hr) in enumerate(groups):
-        if k == directions:
-            inputs = directions * features
-        if (
-            ih.shape != (rows, inputs)
-            or hh.shape != (rows, features)
-            or not (ih.dtype is hh.dtype is dtype and ih.is_cpu and hh.is_cpu)
-        ):
-            return False
-        for bias in (bias_ih, bias_hh):
-            if bias is not None and (
-                bias.shape != vector or bias.dtype is not dtype or not bias.is_cpu
-            ):
-                return False
-        if hr is not None and (
-            hr.shape != (features, hidden) or hr.dtype is not dtype or not hr.is_cpu
-        ):
-            return False
-    return True
-
-
-def _check_weights(groups: list[DirectionWeights], input: Tensor, directions: int) -> None:
-    """Raise unless every weight fits the input and the others: kernels get pointers."""
-    rows, features = groups[0].hh.shape
-    for k, own in enumerate(groups):
-        inputs = input.shape[-1] if k < directions else directions * features
-        shapes = ((rows, inputs), (rows, features), (rows,), (rows,), (features, rows // 4))
-        for name, weight, shape in zip(own._fields, own, shapes, strict=True):
-            if weight is None:
-                continue
-            if weight.shape != shape:
-                raise RuntimeError(
-                    f"Expected weight {name} of layer {k // directions} to have size "
-                    f"{list(shape)}, got {list(weight.shape)}"
-                )
-            if weight.dtype != input.dtype or weight.device != input.device:
-                raise RuntimeError(
-                    f"Expected weight {name} of layer {k // directions} to have the dtype and "
-                    f"device of the input, {input.dtype} on {input.device}, got {weight.dtype} on "
-                    f"{weight.device}"
-                )
 
 
 @_no_entry_for_compilers
@@ -624,13 +484,13 @@ def lstm_cell(
                         *(w if w is None else w.to(dtype) for w in weights)  # type: ignore[arg-type]
                     )
                 states = (x.shape[0], weight_hh.shape[1])
-                if not _fit([weights], x, hx, states[:1], states, 1):
-                    _check_cell(x, hx, weights.ih, weights.hh)
-                    _check_weights([weights], x, 1)
+                if not fit([weights], x, hx, states[:1], states, 1):
+                    check_cell(x, hx, weights.ih, weights.hh)
+                    check_weights([weights], x, 1)
                     raise RuntimeError("Expected input, states and weights that fit each other")
                 h, c = native_layer(x, *hx, [weights])[1:3]
                 return h, c
-    _check_cell(input, hx, weight_ih, weight_hh)
+    check_cell(input, hx, weight_ih, weight_hh)
     x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
     h, c = composed_layer(x, h_0, c_0, [weights], backend=name)[1:3]
     return h[0], c[0]
@@ -692,40 +552,3 @@ def quick_cell(
     from fused_lstm.kernels import cpu as kernels
 
     return kernels.cell_forward(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)  # type: ignore[no-any-return]
-
-
-def _check_cell(
-    input: Tensor, hx: tuple[Tensor, Tensor], weight_ih: Tensor, weight_hh: Tensor
-) -> None:
-    """Raise what PyTorch's cell raises, with its texts."""
-    if isinstance(hx, Tensor):
-        raise TypeError("lstm_cell(): argument 'hx' must be tuple of Tensors, not Tensor")
-    if len(hx) != 2:
-        raise RuntimeError("lstm_cell expects two hidden states")
-    if input.shape[1] != weight_ih.shape[1]:
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.shape[1]} expected {weight_ih.shape[1]}"
-        )
-    hidden_size = weight_hh.shape[1]
-    autocast = autocast_is_on(input.device.type)
-    for name, tensor in zip(("weight_hh", "hidden0", "hidden1"), (weight_hh, *hx), strict=True):
-        if tensor.dtype != input.dtype and not autocast:
-            raise RuntimeError(
-                f"Expected {name} to have the dtype of the input, {input.dtype}, got {tensor.dtype}"
-            )
-    for k, state in enumerate(hx):
-        if state.device != input.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, found input at {input.device} and "
-                f"hidden{k} at {state.device}"
-            )
-        if state.shape[0] != input.shape[0]:
-            raise RuntimeError(
-                f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size "
-                f"{state.shape[0]}"
-            )
-        if state.shape[1] != hidden_size:
-            raise RuntimeError(
-                f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, "
-                f"expected {hidden_size}"
-            )
