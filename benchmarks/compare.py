@@ -308,16 +308,18 @@ class _Comparison:
         self.results[provider.name, launch] = result
 
     def _float64_errors(self) -> list[float]:
-        """Errors to expect of torch.nn's layer in float64: those in float32, scaled.
+        """Errors to expect in float64: four times those of torch.nn's layer in float32, scaled.
 
-        Its own cannot be seen, for its results are what all are compared with.
+        Its own cannot be seen, for its results are what all are compared with, and errors of both
+        meet there: against extended precision (T 100, B 16, I and H 64, two cores of an EPYC) the
+        gradient of W_ih was off by 7.5e-14 in torch.nn.LSTM and by 2.3e-14 in ours.
         """
         layer = cases.make_layer(
             cases.TORCH, self.case, self.parameters, self.device, self.mode, dtype=torch.float32
         )
         results = cases.run_layer(layer, self.data[0].to(torch.float32))
         scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        return [scale * error for error in cases.largest_errors(results, self.exact)]
+        return [4 * scale * error for error in cases.largest_errors(results, self.exact)]
 
     def time(self, seconds: float, gemm: float) -> None:
         """Time the contenders in turns."""

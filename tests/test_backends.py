@@ -20,7 +20,7 @@ from fused_lstm import (
     functional,
     ops,
 )
-from fused_lstm.backends import Problem, Support
+from fused_lstm.backends import Problem, Support, native
 from fused_lstm.backends.reference import ReferenceBackend
 from fused_lstm.devices import describe_device
 
@@ -102,6 +102,43 @@ def test_float16_gets_torchs_own_layers_and_one_recurrence_the_reference() -> No
     assert backends.select_backend(make_problem(dtype=dtype)) == "reference"
 
 
+@pytest.fixture
+def products_of_bfloat16(monkeypatch):
+    """Says whether the CPU has instructions for them."""
+
+    def say(has_them: bool) -> None:
+        monkeypatch.setattr(native, "multiplies_bfloat16", lambda: has_them)
+        forget()
+
+    def forget() -> None:
+        backends.supports.cache_clear()
+        backends._first_default.cache_clear()
+
+    yield say
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "batch", "training", "default"),
+    [
+        (64, 64, False, LAYERS),
+        (64, 64, True, LAYERS),
+        (128, 64, False, "aten"),
+        (256, 16, True, "aten"),
+        (512, 1, False, "aten"),
+        (512, 1, True, LAYERS),
+    ],
+)
+def test_products_of_bfloat16_are_left_to_onednn_where_the_cpu_has_them(
+    hidden_size, batch, training, default, products_of_bfloat16
+):
+    products_of_bfloat16(True)
+    problem = make_problem(dtype=torch.bfloat16, training=training, whole_layers=True)
+    problem = problem._replace(hidden_size=hidden_size, batch=batch)
+    assert backends.select_backend(problem) == default
+
+
 @pytest.mark.parametrize(
     ("hidden_size", "batch", "training", "default"),
     [
@@ -111,7 +148,10 @@ def test_float16_gets_torchs_own_layers_and_one_recurrence_the_reference() -> No
         (512, 32, False, LAYERS),
     ],
 )
-def test_bfloat16_layers_whose_weights_outgrow_the_cache(hidden_size, batch, training, default):
+def test_bfloat16_layers_whose_weights_outgrow_the_cache(
+    hidden_size, batch, training, default, products_of_bfloat16
+):
+    products_of_bfloat16(False)
     problem = make_problem(
         dtype=torch.bfloat16,
         training=training,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class NativeBackend(Backend):
 def _why_pytorchs_own(problem: Problem) -> str:
     """Say why PyTorch's own layers are the default for `problem`; empty where they are not.
 
-    The sizes were measured on two AVX-512 cores (benchmarks/results).
+    The sizes were measured on two AVX-512 cores, of CPUs with and without products of bfloat16
+    (benchmarks/results).
     """
     if not problem.whole_layers:
         return ""
@@ -122,11 +124,21 @@ def _why_pytorchs_own(problem: Problem) -> str:
     if problem.cell and problem.training and problem.hidden_size > 128:
         return "PyTorch's cell is faster to train at this size: a single step repays no packing"
     if problem.dtype == torch.bfloat16:
+        one_by_one = problem.training and problem.batch < 4
+        if problem.hidden_size > 64 and not one_by_one and multiplies_bfloat16():
+            return "in float32, while oneDNN multiplies in bfloat16 on this CPU"
         if problem.hidden_size > 384 and problem.batch < 16 and not problem.training:
             return "in float32, few rows of large weights read twice the bytes of oneDNN's"
     elif problem.dtype == torch.float32 and problem.hidden_size > 768 and problem.batch >= 32:
         return "oneDNN is as fast or faster where the time is all large matrix products"
     return ""
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16, and PyTorch says so."""
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in questions)
 
 
 def _check_rows(batch_sizes: torch.Tensor | None, rows: torch.Tensor, state: torch.Tensor) -> None:
