@@ -118,7 +118,11 @@ def lstm(
         name = backends.requested_name(name)
     elif name == AtenBackend.name:
         raise BackendUnavailableError(f"backend={name!r} cannot run here: {UNTRACEABLE}")
-    additions = _additions(lengths, resets, return_cells, regularization, training)
+    additions: tuple[str, ...] = ()
+    if not (lengths is resets is None and regularization is NO_REGULARIZATION):
+        additions = _additions(lengths, resets, regularization, training)
+    if return_cells:
+        additions = (*additions, "return_cells")
     if lengths is not None or resets is not None:
         check_sequences(input, hx, weights, lengths, resets, batch_sizes is not None, batch_first)
     if normalization is not None:
@@ -165,6 +169,10 @@ def lstm(
         check_tensors(input, hx, weights, batch_sizes, batch_first, states)
         groups = _by_direction(weights, bias, states)
     first = batch_first and batch_sizes is None
+    if native and num_layers == 1 and not additions:
+        # For a single step the microseconds of what follows count.
+        x, h_n, c_n, _ = native_layer(x, *hx, groups, batch_sizes, _PLAIN[directions], first)
+        return (x.transpose(0, 1) if first else x), h_n, c_n
     stack = _Stack(num_layers, directions, dropout, training, regularization, lengths, resets)
     if native:
         run = functools.partial(native_layer, batch_sizes=batch_sizes)
@@ -176,17 +184,14 @@ def lstm(
 def _additions(
     lengths: Tensor | None,
     resets: Tensor | None,
-    return_cells: bool,
     regularization: Regularization,
     training: bool,
 ) -> tuple[str, ...]:
     """Name what no `torch.nn.LSTM` does; see `Problem.additions`."""
-    names = regularization.names(training) if regularization is not NO_REGULARIZATION else ()
+    names = regularization.names(training)
     if lengths is not None:
         names = ("lengths", *names)
-    if resets is not None:
-        names = ("resets", *names)
-    return (*names, "return_cells") if return_cells else names
+    return names if resets is None else ("resets", *names)
 
 
 # Backends that compute whole layers, and None: the choice may fall on one of them.
