@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fused_lstm.backends import check_name
+from fused_lstm.modifiers import check_clip
 from fused_lstm.module import LSTM, REGULARIZERS, LSTMCell, as_given, check_expressible
-from fused_lstm.regularization import Zoneout, check_clip, check_probability
+from fused_lstm.regularization import Zoneout, check_probability
 
 __all__ = ["replace_lstm", "restore_lstm"]
 

@@ -21,6 +21,7 @@ from fused_lstm.checks import check_cell, check_sequences, check_tensors, check_
 from fused_lstm.devices import autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.layer import (
+    PLAIN,
     DirectionNorms,
     DirectionWeights,
     LayerOutput,
@@ -28,7 +29,6 @@ from fused_lstm.layer import (
     native_layer,
 )
 from fused_lstm.modifiers import (
-    NO_MODIFIERS,
     Modifiers,
     check_length_values,
 )
@@ -131,7 +131,7 @@ def lstm(
         # In torch's order each layer and direction has its recurrent weights second.
         count = len(weights) // (num_layers * (2 if bidirectional else 1))
         weights = [
-            regularization.dropped(weight, training) if k % count == 1 else weight
+            torch.dropout(weight, regularization.weight_dropout, True) if k % count == 1 else weight
             for k, weight in enumerate(weights)
         ]
     native = False
@@ -171,7 +171,7 @@ def lstm(
     first = batch_first and batch_sizes is None
     if native and num_layers == 1 and not additions:
         # For a single step the microseconds of what follows count.
-        x, h_n, c_n, _ = native_layer(x, *hx, groups, batch_sizes, _PLAIN[directions], first)
+        x, h_n, c_n, _ = native_layer(x, *hx, groups, batch_sizes, PLAIN, first)
         return (x.transpose(0, 1) if first else x), h_n, c_n
     stack = _Stack(num_layers, directions, dropout, training, regularization, lengths, resets)
     if native:
@@ -317,11 +317,13 @@ class _Stack(NamedTuple):
     lengths: Tensor | None
     resets: Tensor | None
 
-    def modifiers(self, x: Tensor, batch_first: bool, h_0: Tensor, c_0: Tensor) -> list[Modifiers]:
+    def modifiers(
+        self, x: Tensor, batch_first: bool, h_0: Tensor, c_0: Tensor
+    ) -> Sequence[Modifiers]:
         """What changes the recurrence of one layer, in each direction: masks are drawn here."""
         plain = self.regularization is NO_REGULARIZATION
         if plain and self.lengths is None and self.resets is None:
-            return _PLAIN[self.directions]
+            return PLAIN
         leading = tuple(x.shape[:-1])
         dtype = input_dtype(x, x.device.type)
         batch, features = h_0.shape[-2:]
@@ -337,10 +339,6 @@ class _Stack(NamedTuple):
             )._replace(lengths=self.lengths, resets=self.resets)
             for _ in range(self.directions)
         ]
-
-
-# Of one direction, and of two.
-_PLAIN = {1: [NO_MODIFIERS], 2: [NO_MODIFIERS, NO_MODIFIERS]}
 
 
 def _stack_of_layers(

@@ -22,10 +22,11 @@ from fused_lstm.layer_norm_recurrence import layer_norm_recurrence
 from fused_lstm.layer_norm_reference import LayerNorm
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.ops import autocast_off
-from fused_lstm.recurrence import readable, recurrence
+from fused_lstm.recurrence import differentiable_gradients, readable, recurrence
 from fused_lstm.reference import state_dtype
 
 __all__ = [
+    "PLAIN",
     "DirectionNorms",
     "DirectionWeights",
     "LSTMLayerFunction",
@@ -88,7 +89,7 @@ class LayerOutput(NamedTuple):
 
 
 # One for each direction at most; what is left over is not looked at.
-_PLAIN = (NO_MODIFIERS, NO_MODIFIERS)
+PLAIN = (NO_MODIFIERS, NO_MODIFIERS)
 
 
 def composed_layer(
@@ -97,7 +98,7 @@ def composed_layer(
     c_0: Tensor,
     weights: Sequence[DirectionWeights],
     batch_sizes: Tensor | None = None,
-    modifiers: Sequence[Modifiers] = _PLAIN,
+    modifiers: Sequence[Modifiers] = PLAIN,
     batch_first: bool = False,
     return_cells: bool = False,
     backend: str | None = None,
@@ -205,7 +206,7 @@ def native_layer(
     c_0: Tensor,
     weights: Sequence[DirectionWeights],
     batch_sizes: Tensor | None = None,
-    modifiers: Sequence[Modifiers] = _PLAIN,
+    modifiers: Sequence[Modifiers] = PLAIN,
     batch_first: bool = False,
     return_cells: bool = False,
 ) -> LayerOutput:
@@ -412,7 +413,7 @@ def _modifiers(
 ) -> Sequence[Modifiers]:
     """Modifiers by direction, from the masks of all in one list."""
     if not masks:
-        return _PLAIN
+        return PLAIN
     return [
         Modifiers(lengths, resets, masks[k], masks[k + 1], masks[k + 2], cell_clip)
         for k in range(0, len(masks), 3)
@@ -433,42 +434,12 @@ def _differentiable(
 
     Also under `vmap`, which a batched gradient is.
     """
-    create_graph = torch.is_grad_enabled()
+
+    def layer(x: Tensor, h_0: Tensor, c_0: Tensor, *flat: Tensor | None) -> Sequence[Tensor | None]:
+        out = _composed_like_native(x, h_0, c_0, _grouped(flat), *sequence)
+        # Of a cell there are only h_n and c_n.
+        return out[1:3] if len(grads) == 2 else out[: len(grads)]
+
     # Autocast has chosen the dtypes before the layer was called.
-    with torch.enable_grad(), autocast_off("cpu"):
-        return _recomputed(inputs, sequence, grads, needed, create_graph)
-
-
-def _recomputed(
-    inputs: tuple[Tensor | None, ...],
-    sequence: _SequenceArguments,
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """Compute the layer once more, from PyTorch's operators, and differentiate that."""
-    # Views: a gradient is then of this use alone, even where one input was computed from another.
-    views = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    x, h_0, c_0, *flat = views
-    if x is None or h_0 is None or c_0 is None:
-        raise AssertionError("only weights may be missing")
-    out = _composed_like_native(x, h_0, c_0, _grouped(flat), *sequence)
-    # Of a cell there are only h_n and c_n.
-    outputs = out[1:3] if len(grads) == 2 else out[: len(grads)]
-    given = [
-        (out, grad)
-        for out, grad in zip(outputs, grads, strict=True)
-        if out is not None and grad is not None
-    ]
-    wanted = [k for k, need in enumerate(needed) if need]
-    gradients = torch.autograd.grad(
-        [out for out, _ in given],
-        [view for k in wanted if (view := views[k]) is not None],
-        [grad for _, grad in given],
-        create_graph=create_graph,
-        allow_unused=True,
-    )
-    result: list[Tensor | None] = [None] * len(inputs)
-    for k, gradient in zip(wanted, gradients, strict=True):
-        result[k] = gradient
-    return result
+    with autocast_off("cpu"):
+        return differentiable_gradients(layer, inputs, grads, needed)

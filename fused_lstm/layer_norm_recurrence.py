@@ -6,6 +6,7 @@ a higher order see the plain PyTorch of layer_norm_reference.py.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fused_lstm.backends import LayerNormBackwardArguments, LayerNormForwardArgu
 from fused_lstm.layer_norm_reference import LayerNorm, layer_norm_forward, normalize
 from fused_lstm.modifiers import Modifiers, check_length_values, check_modifiers
 from fused_lstm.recurrence import (
+    differentiable_gradients,
     product_operand,
     readable,
     recording_under_way,
@@ -186,7 +188,9 @@ class LayerNormRecurrenceFunction(torch.autograd.Function):
         sequence = (batch_sizes, modifiers, reverse)
         with ops.autocast_off(inputs[0].device.type):
             if torch.is_grad_enabled() or not all(map(readable, grads)):
-                return (*_recomputed(ctx, inputs, sequence, eps, grads), *rest)
+                again = functools.partial(_plain_outputs, sequence, eps)
+                needed = ctx.needs_input_grad[: len(inputs)]
+                return (*differentiable_gradients(again, inputs, grads, needed), *rest)
             return (*_gradients(ctx, inputs, sequence, eps, saved[14:], grads, backend), *rest)
 
 
@@ -248,34 +252,9 @@ def _gradients(
     return result
 
 
-def _recomputed(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    sequence: _Sequence,
-    eps: float,
-    grads: tuple[Tensor | None, ...],
-) -> list[Tensor | None]:
-    """Gradients of the tensors in `inputs`, by operations that can be differentiated in turn."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views: a gradient is of this use alone, even where one input was computed from another.
-        views: list[Any] = [
-            tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs
-        ]
-        gates, weight_hh, h0, c0, weight_hr, gain_hh, gain_c, bias_c = views
-        norm = LayerNorm(gain_hh, gain_c, bias_c, eps)
-        out = layer_norm_forward(gates, weight_hh, h0, c0, weight_hr, *sequence, norm)
-        outputs = (out.h, out.c, out.h_n, out.c_n)
-        given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-        wanted = [k for k in range(len(views)) if ctx.needs_input_grad[k]]
-        gradients = torch.autograd.grad(
-            [o for o, _ in given],
-            [view for k in wanted if (view := views[k]) is not None],
-            [g for _, g in given],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    result: list[Tensor | None] = [None] * len(views)
-    for k, gradient in zip(wanted, gradients, strict=True):
-        result[k] = gradient
-    return result
+def _plain_outputs(sequence: _Sequence, eps: float, *inputs: Any) -> tuple[Tensor, ...]:
+    """Compute h, c, h_n and c_n in plain PyTorch."""
+    gates, weight_hh, h0, c0, weight_hr, gain_hh, gain_c, bias_c = inputs
+    norm = LayerNorm(gain_hh, gain_c, bias_c, eps)
+    out = layer_norm_forward(gates, weight_hh, h0, c0, weight_hr, *sequence, norm)
+    return out.h, out.c, out.h_n, out.c_n

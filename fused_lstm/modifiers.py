@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["NO_MODIFIERS", "Modifiers", "check_length_values", "check_modifiers"]
+__all__ = ["NO_MODIFIERS", "Modifiers", "check_clip", "check_length_values", "check_modifiers"]
 
 
 class Modifiers(NamedTuple):
@@ -83,6 +83,20 @@ def check_length_values(lengths: Tensor | None, steps: int) -> None:
         raise ValueError(f"lengths: expected 0 <= length <= {steps} (time steps), got {bad}")
 
 
+def check_clip(value: Any) -> float | None:
+    """Return `value` if it is None or a finite number above 0.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 < float(value) < math.inf:
+        raise ValueError(f"cell_clip: expected None or a finite number above 0, got {value!r}")
+    return float(value)
+
+
 def check_modifiers(
     modifiers: Modifiers,
     leading: tuple[int, ...],
@@ -136,8 +150,4 @@ def check_modifiers(
             raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
         if tensor.requires_grad:
             raise ValueError(f"{name}: expected a tensor that requires no gradient")
-    if cell_clip is None:
-        return
-    number = isinstance(cell_clip, numbers.Real) and not isinstance(cell_clip, bool)
-    if not number or not 0 < cell_clip < math.inf:
-        raise ValueError(f"cell_clip: expected None or a finite number above 0, got {cell_clip!r}")
+    check_clip(cell_clip)

@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_lstm import functional
 from fused_lstm.backends import check_name
+from fused_lstm.modifiers import check_clip
 from fused_lstm.recurrence import transform_under_way
 from fused_lstm.regularization import (
     NO_REGULARIZATION,
     Regularization,
     Zoneout,
-    check_clip,
     check_probability,
     check_zoneout,
 )

@@ -9,7 +9,7 @@ projection), `N` rows of a packed batch (the sum of `batch_sizes`). Gate order i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fused_lstm.reference import LSTMOutput, RecurrenceForward, check_batch_size
 __all__ = [
     "LSTMOutput",
     "LSTMRecurrenceFunction",
+    "differentiable_gradients",
     "lstm_recurrence",
     "product_operand",
     "readable",
@@ -203,6 +204,44 @@ def readable(grad: Tensor | None) -> bool:
         and not torch._C._functorch.is_legacy_batchedtensor(grad)
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def differentiable_gradients(
+    function: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of a function's inputs by computing it once more, with a graph if one is wanted.
+
+    Args:
+        function: takes `inputs`, in operations that can be differentiated.
+        inputs: its arguments.
+        grads: of its results, or None for zeros.
+        needed: which inputs' gradients are wanted.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: a gradient is then of this use alone, even where one input was computed from
+        # another.
+        views = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        given = [
+            (out, grad)
+            for out, grad in zip(function(*views), grads, strict=True)
+            if out is not None and grad is not None
+        ]
+        wanted = [k for k, need in enumerate(needed) if need]
+        gradients = torch.autograd.grad(
+            [out for out, _ in given],
+            [view for k in wanted if (view := views[k]) is not None],
+            [grad for _, grad in given],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    result: list[Tensor | None] = [None] * len(views)
+    for k, gradient in zip(wanted, gradients, strict=True):
+        result[k] = gradient
+    return result
 
 
 def _check(

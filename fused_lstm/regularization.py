@@ -9,7 +9,6 @@ projection), `N` rows of a packed batch.
 
 from __future__ import annotations
 
-import math
 import numbers
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ __all__ = [
     "NO_REGULARIZATION",
     "Regularization",
     "Zoneout",
-    "check_clip",
     "check_probability",
     "check_zoneout",
 ]
@@ -65,12 +63,6 @@ class Regularization(NamedTuple):
         if self.cell_clip is not None:
             names.append("cell_clip")
         return tuple(names)
-
-    def dropped(self, weight_hh: Tensor, training: bool) -> Tensor:
-        """The recurrent weights, some of them dropped and the others scaled up."""
-        if not (training and self.weight_dropout):
-            return weight_hh
-        return torch.dropout(weight_hh, self.weight_dropout, True)
 
     def draw(
         self,
@@ -144,17 +136,3 @@ def check_zoneout(value: Any) -> tuple[float, float]:
         return p_h, p_c
     p = check_probability("zoneout", value)
     return p, p
-
-
-def check_clip(value: Any) -> float | None:
-    """Return `value` if it is None or a finite number above 0.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if value is None:
-        return None
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 < float(value) < math.inf:
-        raise ValueError(f"cell_clip: expected None or a finite number above 0, got {value!r}")
-    return float(value)

@@ -7,6 +7,7 @@ reach a result or a gradient. The gradients are autograd's.
 T time, B batch, I input, H hidden, P features of h, L layers, D directions, N packed rows.
 """
 
+import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
@@ -14,6 +15,16 @@ from ..budget import assert_within_budget
 from ..dropin.helpers import leaf, values
 
 T, B, I, H, P = 6, 4, 3, 5, 2  # noqa: E741  (the field's name for the input size)
+
+# Layers that a regularizer is tested on.
+OPTIONS = {
+    "plain": {},
+    "two-layers": {"num_layers": 2, "bias": False, "batch_first": True},
+    "bidirectional": {"bidirectional": True},
+    "projected": {"proj_size": P},
+    "everything": {"num_layers": 3, "bidirectional": True, "proj_size": P, "batch_first": True},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 # What `assert_close` gets: a few dozen roundings in float64, torch's own defaults in float32.
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-12}, torch.float32: {}}

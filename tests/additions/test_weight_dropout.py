@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .oracle import (
     B,
-    P,
     T,
     assert_same,
     build,
@@ -21,21 +20,13 @@ from .oracle import (
     make_resets,
     make_x,
     masks_from_gradients,
+    options,
     pack,
     run,
     run_oracle,
 )
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-OPTIONS = {
-    "plain": {},
-    "two-layers": {"num_layers": 2, "bias": False, "batch_first": True},
-    "bidirectional": {"bidirectional": True},
-    "projected": {"proj_size": P},
-    "everything": {"num_layers": 3, "bidirectional": True, "proj_size": P, "batch_first": True},
-}
-options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def check_with_recovered_mask(module, x, hx, p, seed, **arguments):

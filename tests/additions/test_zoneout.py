@@ -24,6 +24,7 @@ from .oracle import (
     make_hx,
     make_resets,
     make_x,
+    options,
     pack,
     run,
     run_oracle,
@@ -32,14 +33,6 @@ from .oracle import (
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-OPTIONS = {
-    "plain": {},
-    "two-layers": {"num_layers": 2, "bias": False, "batch_first": True},
-    "bidirectional": {"bidirectional": True},
-    "projected": {"proj_size": P},
-    "everything": {"num_layers": 3, "bidirectional": True, "proj_size": P, "batch_first": True},
-}
-options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 PROBABILITIES = [0.3, (0.2, 0.6), (0.4, 0.0), (0.0, 0.4)]
 probabilities = pytest.mark.parametrize("p", PROBABILITIES, ids=str)
 
