@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_lstm import backends, ops
+from fused_lstm import backends, ops, wavefront
 from fused_lstm.backends import Problem
 from fused_lstm.devices import DeviceDescription, autocast_is_on, describe_device
 from fused_lstm.errors import BackendUnavailableError
@@ -93,6 +93,10 @@ def explain(
     except BackendUnavailableError:
         chosen = ""
     reasons = {name: _reason(name, problem, chosen, asked_for) for name in backends.ORDER}
+    if chosen == wavefront.TOGETHER and isinstance(module, nn.LSTM):
+        directions = 2 if module.bidirectional else 1
+        together = wavefront.describe(problem, module.num_layers, directions)
+        reasons[chosen] += f"; {together}" if together else ""
     return Explanation(chosen, reasons, problem, _describe(module, problem))
 
 

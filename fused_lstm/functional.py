@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fused_lstm import backends
+from fused_lstm import backends, wavefront
 from fused_lstm.backends import Problem
 from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
@@ -35,6 +35,7 @@ from fused_lstm.modifiers import (
 from fused_lstm.recurrence import recording_under_way, transform_under_way
 from fused_lstm.reference import check_batch_sizes
 from fused_lstm.regularization import NO_REGULARIZATION, Regularization
+from fused_lstm.stack import Stack, kept_by_dropout, run_stack
 
 __all__ = ["Normalization", "input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
@@ -174,6 +175,14 @@ def lstm(
         x, h_n, c_n, _ = native_layer(x, *hx, groups, batch_sizes, PLAIN, first)
         return (x.transpose(0, 1) if first else x), h_n, c_n
     stack = _Stack(num_layers, directions, dropout, training, regularization, lengths, resets)
+    if states > 1 and not native and transform != "compile":
+        transform = transform or recording_under_way((input, *hx, *weights))
+        problem = layers_problem(input, hx, weights, batch_sizes, batch_first, transform, additions)
+        problem = problem._replace(whole_layers=False)
+        if wavefront.runs_together(problem, name, num_layers, directions):
+            return _stack_together(
+                stack, problem, name, x, hx, weights, batch_sizes, bias, first, return_cells
+            )
     if native:
         run = functools.partial(native_layer, batch_sizes=batch_sizes)
     else:
@@ -382,6 +391,49 @@ def _stack_of_layers(
         outputs = [each.transpose(0, 1) for each in outputs]
     states = (h_n[0], c_n[0]) if num_layers == 1 else (torch.cat(h_n), torch.cat(c_n))
     return outputs[0], *states, *outputs[1:]
+
+
+def _stack_together(
+    stack: _Stack,
+    problem: Problem,
+    name: str | None,
+    x: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    batch_first: bool,
+    return_cells: bool,
+) -> tuple[Tensor, ...]:
+    """Run all layers in one go: their recurrences share launches (wavefront.py).
+
+    Random numbers are drawn in the order of `_stack_of_layers`.
+    """
+    num_layers, directions, dropout, training, _, lengths, _ = stack
+    check_length_values(lengths, problem.steps)
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, x.shape[0], "input")
+    if problem.autocast:
+        x, hx, weights = _cast(problem.dtype, x, hx, weights)
+    groups = _by_direction(weights, bias, num_layers * directions)
+    check_weights(groups, x, directions)
+    if batch_first:
+        x = x.transpose(0, 1)
+    modifiers: list[Modifiers] = []
+    kept = []
+    for layer in range(num_layers):
+        own = slice(layer * directions, (layer + 1) * directions)
+        modifiers += stack.modifiers(x, False, hx[0][own], hx[1][own])[:directions]
+        if dropout != 0 and training and layer < num_layers - 1:
+            kept.append(kept_by_dropout(x, directions * problem.hidden_size, dropout))
+    whole = Stack(
+        num_layers, directions, problem, name, batch_sizes, modifiers, kept, dropout, return_cells
+    )
+    output, h_n, c_n, cells = run_stack(whole, x, *hx, groups)
+    outputs = [output] if cells is None else [output, cells]
+    if batch_first:
+        outputs = [each.transpose(0, 1) for each in outputs]
+    return outputs[0], h_n, c_n, *outputs[1:]
 
 
 def _prepare_for_native(

@@ -33,6 +33,7 @@ __all__ = [
     "LayerOutput",
     "composed_layer",
     "native_layer",
+    "within_lengths",
 ]
 
 
@@ -122,7 +123,7 @@ def composed_layer(
     """
     lengths = modifiers[0].lengths
     if lengths is not None:
-        x = _within(x, lengths, batch_first)
+        x = within_lengths(x, lengths, batch_first)
     outputs, h_n, c_n, cells = [], [], [], []
     for direction, (own, modifier) in enumerate(zip(weights, modifiers, strict=False)):
         bias = own.bias_ih if own.bias_hh is None else own.bias_hh
@@ -193,7 +194,7 @@ def _side_by_side(directions: list[Tensor]) -> Tensor:
     return directions[0] if len(directions) == 1 else torch.cat(directions, -1)
 
 
-def _within(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+def within_lengths(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
     """The input, with zeros beyond the lengths: 0 times a NaN there would be one in δW_ih."""
     t = torch.arange(x.shape[1 if batch_first else 0], device=x.device)
     beyond = t >= lengths.unsqueeze(-1) if batch_first else t.unsqueeze(-1) >= lengths

@@ -63,8 +63,8 @@ class LSTM(nn.LSTM):
             2000; Jozefowicz et al. 2015); None leaves torch's uniform one.
         cell_clip: a new cell state is clamped to [−cell_clip, cell_clip] (Sak et al. 2014); None
             for no bound.
-        backend: "native", "triton", "aten" or "reference" to insist on one; None for the fastest
-            that supports the problem (`fused_lstm.explain` tells which).
+        backend: "native", "cuda", "triton", "aten" or "reference" to insist on one; None for the
+            fastest that supports the problem (`fused_lstm.explain` tells which).
 
     Raises:
         TypeError: as `torch.nn.LSTM`; or if backend is neither None nor a string.

@@ -30,6 +30,7 @@ __all__ = [
     "recording_under_way",
     "sum_of_outer_products",
     "transform_under_way",
+    "weight_hh_gradient",
 ]
 
 
@@ -96,7 +97,7 @@ def lstm_recurrence(
         zoneout_c: [T, B, H] or [N, H], likewise.
         cell_clip: above 0.
         reverse: whether time runs backwards; outputs stay in the order of the input.
-        backend: "native", "triton" or "reference"; None for the default choice.
+        backend: "native", "cuda", "triton" or "reference"; None for the default choice.
 
     Returns:
         LSTMOutput(h, c, h_n, c_n), see there for shapes and dtypes.
@@ -312,6 +313,24 @@ def product_operand(
     return before * mask
 
 
+def weight_hh_gradient(
+    grad_gates: Tensor,
+    h: Tensor,
+    h0: Tensor,
+    batch_sizes: Tensor | None,
+    modifiers: Modifiers,
+    reverse: bool,
+) -> Tensor:
+    """Σ_t δa_tᵀ·h_{t−1} [4H, P], h_{t−1} masked: what a product with W_hh leaves for W_hh."""
+    plain = modifiers.lengths is modifiers.resets is modifiers.recurrent_mask is None
+    if batch_sizes is not None or not plain:
+        operand = product_operand(h, h0, batch_sizes, modifiers, reverse)
+        return sum_of_outer_products(grad_gates, operand)
+    first, later = (-1, slice(None, -1)) if reverse else (0, slice(1, None))
+    before = h[1:] if reverse else h[:-1]
+    return torch.addmm(sum_of_outer_products(grad_gates[later], before), grad_gates[first].t(), h0)
+
+
 def _weight_gradients(
     ctx: Any,
     grad_gates: Tensor,
@@ -328,16 +347,7 @@ def _weight_gradients(
     """Gradients of weight_hh, Σ_t δa_tᵀ·h_{t−1}, and weight_hr, Σ_t δĥ_tᵀ·(o_t ⊙ tanh(ĉ_t))."""
     grad_weight_hh = grad_weight_hr = None
     if ctx.needs_input_grad[1]:
-        plain = modifiers.lengths is modifiers.resets is modifiers.recurrent_mask is None
-        if batch_sizes is None and plain:
-            first, later = (-1, slice(None, -1)) if ctx.reverse else (0, slice(1, None))
-            before = h[1:] if ctx.reverse else h[:-1]
-            grad_weight_hh = torch.addmm(
-                sum_of_outer_products(grad_gates[later], before), grad_gates[first].t(), h0
-            )
-        else:
-            operand = product_operand(h, h0, batch_sizes, modifiers, ctx.reverse)
-            grad_weight_hh = sum_of_outer_products(grad_gates, operand)
+        grad_weight_hh = weight_hh_gradient(grad_gates, h, h0, batch_sizes, modifiers, ctx.reverse)
     if weight_hr is not None and ctx.needs_input_grad[4]:
         c = reference.new_cells(activations, c, c0, batch_sizes, modifiers, ctx.reverse)
         cell_output = (activations.chunk(4, -1)[3] * c.tanh()).to(h.dtype)

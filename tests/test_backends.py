@@ -87,7 +87,7 @@ LAYERS, RECURRENCE = ("native", "native") if native_is_there() else ("aten", "re
 
 
 def test_the_order() -> None:
-    assert backends.ORDER == ("native", "triton", "aten", "reference")
+    assert backends.ORDER == ("native", "cuda", "triton", "aten", "reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -215,7 +215,7 @@ def test_a_name_that_cannot_run_raises_its_reason() -> None:
 @pytest.mark.parametrize("make", [fused_lstm.LSTM, fused_lstm.LSTMCell])
 def test_unknown_names_are_refused_where_they_are_given(make) -> None:
     with pytest.raises(
-        ValueError, match="backend='cudnn': expected None or one of native, triton, aten"
+        ValueError, match="backend='cudnn': expected None or one of native, cuda, triton"
     ):
         make(3, 4, backend="cudnn")
     with pytest.raises(TypeError, match="backend should be None or a str, got: int"):

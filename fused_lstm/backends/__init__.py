@@ -23,6 +23,7 @@ from fused_lstm.backends.base import (
     RecurrenceGradients,
     Support,
 )
+from fused_lstm.backends.cuda import CudaBackend
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.backends.reference import ReferenceBackend
 from fused_lstm.backends.triton import TritonBackend
@@ -48,7 +49,13 @@ __all__ = [
 
 _BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (NativeBackend(), TritonBackend(), AtenBackend(), ReferenceBackend())
+    for backend in (
+        NativeBackend(),
+        CudaBackend(),
+        TritonBackend(),
+        AtenBackend(),
+        ReferenceBackend(),
+    )
 }
 
 # Fastest first. The last one runs everything.
@@ -76,7 +83,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run every layer that names no backend of its own on the backend `name`.
 
     Args:
-        name: "native", "triton", "aten" or "reference"; None for the default choice.
+        name: "native", "cuda", "triton", "aten" or "reference"; None for the default choice.
 
     Raises:
         TypeError: if `name` is neither None nor a string.

@@ -21,7 +21,7 @@ from fused_lstm.backends.base import (
 from fused_lstm.layer_norm_reference import LayerNormForward, LayerNormGradients
 from fused_lstm.reference import RecurrenceForward
 
-__all__ = ["TritonBackend"]
+__all__ = ["TritonBackend", "input_precision"]
 
 # Architectures on which the whole GPU suite has passed. Elsewhere the kernels can be named, but are
 # not chosen by default.
@@ -82,7 +82,7 @@ class TritonBackend(Backend):
         del options["weight_hr"]
         options |= options.pop("modifiers")._asdict()
         return RecurrenceForward(
-            *kernels.lstm_forward(**options, input_precision=_input_precision())
+            *kernels.lstm_forward(**options, input_precision=input_precision())
         )
 
     @override
@@ -93,7 +93,7 @@ class TritonBackend(Backend):
         del options["weight_hr"]
         options |= options.pop("modifiers")._asdict()
         grad_gates, grad_h0, grad_c0 = kernels.lstm_backward(
-            **options, input_precision=_input_precision()
+            **options, input_precision=input_precision()
         )
         return RecurrenceGradients(grad_gates, grad_h0, grad_c0, None)
 
@@ -103,7 +103,7 @@ class TritonBackend(Backend):
 
         *inputs, norm, save = arguments
         return LayerNormForward(
-            *kernels.layer_norm_forward(*inputs, *norm, save, input_precision=_input_precision())
+            *kernels.layer_norm_forward(*inputs, *norm, save, input_precision=input_precision())
         )
 
     @override
@@ -112,11 +112,11 @@ class TritonBackend(Backend):
 
         *inputs, norm = arguments
         return LayerNormGradients(
-            *kernels.layer_norm_backward(*inputs, *norm, input_precision=_input_precision())
+            *kernels.layer_norm_backward(*inputs, *norm, input_precision=input_precision())
         )
 
 
-def _input_precision() -> str:
+def input_precision() -> str:
     """How float32 operands enter the tensor cores: as cuDNN's recurrent layers do."""
     precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if precision == "tf32" else "ieee"
@@ -135,7 +135,7 @@ def _plan(problem: Problem) -> str:
         hidden=problem.hidden_size,
         dtype=problem.dtype,
         arch=problem.device.arch or _INTERPRETED_ARCH,
-        input_precision=_input_precision(),
+        input_precision=input_precision(),
         modifiers="none" if not others else "lengths" if others == {"lengths"} else "any",
     )
     launches = "one launch for all steps" if config.scope == "sequence" else "one launch per step"
