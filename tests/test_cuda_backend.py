@@ -114,7 +114,6 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch) -> None:
         (("recurrent_mask", "zoneout_c"), {"recurrent_mask", "zoneout_c"}),
         (("zoneout", "cell_clip"), {"zoneout_h", "zoneout_c", "cell_clip"}),
     ],
-    ids=str,
 )
 def test_additions_become_flags(additions, flags) -> None:
     asked = backend._flags(problem(additions=additions))

@@ -4,7 +4,7 @@
 //
 //   dh_t = grad_h_t + carried_h;  dc_t = grad_c_t + carried_c   at first: grad_h_n, grad_c_n
 //   da_i, da_f, da_g, da_o, carried_c                            cell_backward()
-//   carried_h = da W_hh                                          multiply(), GradientReduction
+//   carried_h = da W_hh                                multiply_gradients(), GradientReduction
 //
 // and, with everything that can modify it, at the steps t < length of a row:
 //
@@ -159,18 +159,16 @@ using OfCells = Number[BackwardLayout<C>::OWN_SHARES][BackwardLayout<C>::SHARE_S
 // Rows of W_hh^T as the left operands of multiply_add: ROW_TILES tiles for each tile of K.
 // A[unit j of h][4 u + gate] = W_hh[gate H + u][j].
 template <class C>
-struct BackwardWeights {
+struct BackwardWeights : Fragments<C::REGISTER_TILES, C::ROW_TILES, BackwardLayout<C>::THREADS> {
   typedef BackwardLayout<C> L;
   static constexpr bool ROWS_PADDED = C::ROW_WARPS * C::ROW_TILES * L::TILE_UNITS != C::HIDDEN;
   static constexpr bool K_PADDED =
       L::K_CHUNKS * L::CHUNK_UNITS != C::UNITS || C::TEAM * C::UNITS != C::HIDDEN;
-  u32 registers[larger(C::REGISTER_TILES, 1)][C::ROW_TILES][4];
-  u32 shared;  // of this thread's fragments that registers do not hold
 
   // One base address and offsets known to the compiler: 64 addresses would not fit into registers.
   DEVICE void load(const void* weight_hh, u32 first_unit, const BackwardPlace<C>& place,
                    u32 shared_base) {
-    shared = shared_base + L::WEIGHTS + place.thread * CHUNK_BYTES;
+    this->shared = shared_base + L::WEIGHTS + place.thread * CHUNK_BYTES;
     // Word q of a chunk is two gates of one of two units, or a gate of its only unit.
     const u32 gate = L::ELEMENT == 2 ? place.q % 2 * 2 : place.q;
     const u32 unit = place.k_warp * L::K_TILES * 2 * L::CHUNK_UNITS +
@@ -202,27 +200,8 @@ struct BackwardWeights {
             if constexpr (C::TERMS == 1) a[r] = device::round_to_tf32(a[r]);
           }
         }
-        if (tile < C::REGISTER_TILES) {
-#pragma unroll
-          for (int r = 0; r < 4; r++) registers[tile < C::REGISTER_TILES ? tile : 0][m][r] = a[r];
-        } else {
-          device::store_shared128(address(tile, m), Words4{a[0], a[1], a[2], a[3]});
-        }
+        this->put(a, tile, m);
       }
-  }
-
-  DEVICE void get(u32 (&a)[4], int tile, int m) const {
-    if (tile < C::REGISTER_TILES) {
-#pragma unroll
-      for (int r = 0; r < 4; r++) a[r] = registers[tile < C::REGISTER_TILES ? tile : 0][m][r];
-    } else {
-      const Words4 v = device::load_shared128(address(tile, m));
-      a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-    }
-  }
-
-  DEVICE u32 address(int tile, int m) const {
-    return shared + ((tile - C::REGISTER_TILES) * C::ROW_TILES + m) * L::THREADS * CHUNK_BYTES;
   }
 };
 
@@ -233,24 +212,13 @@ using BackwardSums =
 // sums = W_hh^T da of this warp's rows and part of K, in PASS_TILES tiles of columns from
 // `first_tile` on.
 template <class C>
-DEVICE void multiply(BackwardSums<C>& sums, const BackwardWeights<C>& weights, u32 shared,
-                     int first_tile, const BackwardPlace<C>& place) {
+DEVICE void multiply_gradients(BackwardSums<C>& sums, const BackwardWeights<C>& weights, u32 shared,
+                               int first_tile, u32 half, const BackwardPlace<C>& place) {
   typedef BackwardLayout<C> L;
-#pragma unroll
-  for (int k = 0; k < L::SUMS * L::CHAINS * 4; k++) (&sums[0][0][0][0])[k] = 0.f;
-  const u32 row = shared + L::OPERAND +
-                  (place.k_warp * L::K_TILES * 2 + place.lane / 8) * L::OPERAND_STRIDE +
-                  place.lane % 8 * CHUNK_BYTES;
-#pragma unroll
-  for (int pair = 0; pair < L::K_TILES; pair += 2) {
-    u32 b[L::PASS_TILES][4];
-#pragma unroll
-    for (int n = 0; n < L::PASS_TILES; n++)
-      device::load_matrices(
-          b[n], row + pair * 2 * L::OPERAND_STRIDE + (first_tile + n) * 8 * CHUNK_BYTES);
-    multiply_add_pair<C::TYPE, C::TERMS>(
-        sums, pair, b, [&](u32(&a)[4], int k, int m) { weights.get(a, k, m); });
-  }
+  const u32 operand = shared + L::OPERAND +
+                      (place.k_warp * L::K_TILES * 2 + place.lane / 8) * L::OPERAND_STRIDE +
+                      (first_tile * 8 + place.lane % 8) * CHUNK_BYTES;
+  multiply<C::TYPE, C::TERMS, L::K_TILES>(sums, weights, operand, L::OPERAND_STRIDE, half);
 }
 
 // Computes this warp's part of the partials and sends it to the owners of the units.
@@ -261,7 +229,7 @@ DEVICE void send_partials(int s, const BackwardWeights<C>& weights, const Reduct
 #pragma unroll
   for (int first_tile = 0; first_tile < L::COLUMN_TILES; first_tile += L::PASS_TILES) {
     BackwardSums<C> sums;
-    multiply<C>(sums, weights, shared, first_tile, place);
+    multiply_gradients<C>(sums, weights, shared, first_tile, half_bit(s), place);
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; m++) {
       const u32 row_tile = place.row_warp * C::ROW_TILES + m;

@@ -37,7 +37,8 @@ struct BackwardLayout {
       smaller(COLUMN_TILES,
               C::ROW_TILES == 1 ? 8 : C::ROW_TILES == 2 ? 4 : C::ROW_TILES <= 4 ? 2 : 1);
   static constexpr int CHAINS = C::ROW_TILES * PASS_TILES;
-  static constexpr int SUMS = larger(1, smaller(4 / CHAINS, K_TILES / 2));
+  static constexpr int SUMS =
+      C::TERMS == 3 ? 1 : larger(1, smaller(4 / CHAINS, K_TILES / 2));
 
   // A slab is 8 units in 4 columns, a cell for each lane: a quarter of a fragment, one word of each
   // lane. The slabs are dealt to the warps in shares: four, two or one slab of the same fragment.

@@ -92,6 +92,7 @@ def registers_beside_weights(config: Config) -> int:
     if isinstance(config, ForwardConfig):
         needed = 15 + 10 * config.cells + config.accumulators
         needed += 12 if grid else 0
+        needed += 8 if config.HAS_LENGTHS else 0
         needed += 36 if config.modified else 0
         # What does not exist is not loaded.
         needed += 8 + 16 * config.GROUPS if config.k_units != config.HIDDEN else 0
@@ -100,15 +101,15 @@ def registers_beside_weights(config: Config) -> int:
         needed += config.accumulators * max(2, config.column_tiles) if split else 0
         # Operands in two parts, those of the weights for all columns at once.
         if config.TERMS == 3:
-            needed += 12 if config.GROUPS * config.column_tiles == 1 else 72
-            needed += (200 if several else 115) if split else 0
+            needed += 40 if config.GROUPS * config.column_tiles == 1 else 96
+            needed += (100 if several else 60) if split else 0
         return needed
     assert isinstance(config, BackwardConfig)
     needed = 25 + 10 * config.cells
     needed += 8 if config.HAS_LENGTHS else 0
     needed += 16 + 8 * config.cells if config.modified else 0
     needed += 16 if config.TYPE == "float32" else 0
-    needed += 8 * config.ROW_TILES if config.TERMS == 3 else 0
+    needed += 12 + 8 * config.ROW_TILES if config.TERMS == 3 else 0
     needed += 24 if config.TEAM * config.UNITS != config.HIDDEN else 0
     # Adding up what comes through the L2 cache.
     needed += 0 if not grid else 150 if several else 24 * config.TERMS

@@ -92,8 +92,7 @@ DEVICE u32 round_to_tf32(u32 x) {
   return y;
 }
 
-// x, of which the compiler no longer knows that it is the same in every step: what is made of it is
-// then made in every step, not kept in registers from before the first.
+// x, of which the compiler no longer knows anything.
 DEVICE u32 unknown(u32 x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,6 +1,6 @@
 // The forward kernel: the whole LSTM recurrence in one launch.
 //
-//   a_t = gates_t + h_{t-1} W_hh^T                          multiply()
+//   a_t = gates_t + h_{t-1} W_hh^T                   multiply_hidden()
 //   i, f, o = sigmoid(a_i, a_f, a_o);  g = tanh(a_g)        cell_forward() in cell.cuh
 //   c_t = f c_{t-1} + i g;  h_t = o tanh(c_t)
 //
@@ -53,17 +53,15 @@ struct ForwardPlace {
   DEVICE u32 unit(u32 group) const { return (unit_warp * C::GROUPS + group) * GROUP_UNITS; }
 };
 
-// Rows of W_hh as the left operands of multiply_add: two tiles for each group and tile of K.
+// Rows of W_hh as left operands. A group has two tiles of rows: i over f, and g over o.
 template <class C>
-struct ForwardWeights {
+struct ForwardWeights : Fragments<C::REGISTER_TILES, C::GROUPS * 2, ForwardLayout<C>::THREADS> {
   typedef ForwardLayout<C> L;
-  u32 registers[larger(C::REGISTER_TILES, 1)][C::GROUPS][2][4];
-  u32 shared;  // of this thread's fragments that registers do not hold
 
   // One base address and offsets known to the compiler: 64 addresses would not fit into registers.
   DEVICE void load(const void* weight_hh, u32 first_unit, const ForwardPlace<C>& place,
                    u32 shared_base) {
-    shared = shared_base + L::WEIGHTS + place.thread * CHUNK_BYTES;
+    this->shared = shared_base + L::WEIGHTS + place.thread * CHUNK_BYTES;
     const u32 unit = first_unit + place.unit(0) + place.g;
     const u32 k = place.k_warp * L::K_TILES * L::K_TILE + place.q * (4 / L::ELEMENT);
     const u8* base = (const u8*)weight_hh + ((u64)unit * C::HIDDEN + k) * L::ELEMENT;
@@ -86,56 +84,23 @@ struct ForwardWeights {
             if constexpr (C::TYPE == Type::float32 && C::TERMS == 1)
               a[r] = device::round_to_tf32(a[r]);
           }
-          if (tile < C::REGISTER_TILES) {
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-              registers[tile < C::REGISTER_TILES ? tile : 0][group][m][r] = a[r];
-          } else {
-            device::store_shared128(address(tile, group, m), Words4{a[0], a[1], a[2], a[3]});
-          }
+          this->put(a, tile, group * 2 + m);
         }
-  }
-
-  DEVICE void get(u32 (&a)[4], int tile, int group, int m) const {
-    if (tile < C::REGISTER_TILES) {
-#pragma unroll
-      for (int r = 0; r < 4; r++)
-        a[r] = registers[tile < C::REGISTER_TILES ? tile : 0][group][m][r];
-    } else {
-      const Words4 v = device::load_shared128(address(tile, group, m));
-      a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-    }
-  }
-
-  DEVICE u32 address(int tile, int group, int m) const {
-    return shared + (((tile - C::REGISTER_TILES) * C::GROUPS + group) * 2 + m) * L::THREADS *
-                        CHUNK_BYTES;
   }
 };
 
-// A group has two tiles of rows: i over f, and g over o.
 template <class C>
 using ForwardSums = float[ForwardLayout<C>::SUMS][C::GROUPS * 2][ForwardLayout<C>::COLUMN_TILES][4];
 
 // sums = W_hh h^T of this warp's units and part of K; h is read from the buffer at `hidden`.
 template <class C>
-DEVICE void multiply(ForwardSums<C>& sums, const ForwardWeights<C>& weights, u32 hidden,
-                     const ForwardPlace<C>& place) {
+DEVICE void multiply_hidden(ForwardSums<C>& sums, const ForwardWeights<C>& weights, u32 hidden,
+                            u32 half, const ForwardPlace<C>& place) {
   typedef ForwardLayout<C> L;
-#pragma unroll
-  for (int k = 0; k < L::SUMS * C::GROUPS * 2 * L::COLUMN_TILES * 4; k++)
-    (&sums[0][0][0][0])[k] = 0.f;
-  const u32 row = hidden + (place.k_warp * L::K_TILES * 2 + place.lane / 8) * C::COLUMNS * CHUNK_BYTES +
-                  place.lane % 8 * CHUNK_BYTES;
-#pragma unroll
-  for (int pair = 0; pair < L::K_TILES; pair += 2) {
-    u32 b[L::COLUMN_TILES][4];
-#pragma unroll
-    for (int n = 0; n < L::COLUMN_TILES; n++)
-      device::load_matrices(b[n], row + (pair * 2 * C::COLUMNS + n * 8) * CHUNK_BYTES);
-    multiply_add_pair<C::TYPE, C::TERMS>(
-        sums, pair, b, [&](u32(&a)[4], int k, int m) { weights.get(a, k, m / 2, m % 2); });
-  }
+  constexpr int CHUNK_STRIDE = C::COLUMNS * CHUNK_BYTES;
+  const u32 operand = hidden + (place.k_warp * L::K_TILES * 2 + place.lane / 8) * CHUNK_STRIDE +
+                      place.lane % 8 * CHUNK_BYTES;
+  multiply<C::TYPE, C::TERMS, L::K_TILES>(sums, weights, operand, CHUNK_STRIDE, half);
 }
 
 template <class C>
@@ -461,7 +426,7 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
     ForwardCells<C> a;
     {
       ForwardSums<C> sums;
-      multiply<C>(sums, weights, shared + (s & 1) * L::H_BYTES, place);
+      multiply_hidden<C>(sums, weights, shared + (s & 1) * L::H_BYTES, half_bit(s), place);
       gather<C>(a, sums, shared, place);
     }
     gates.wait();

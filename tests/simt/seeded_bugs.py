@@ -213,7 +213,7 @@ FORWARD_BUGS = [
         "block: one buffer for h",
         FORWARD_BLOCK,
         (FORWARD, "u32 buffer = (s & 1) * L::H_BYTES;", "u32 buffer = 0;"),
-        (FORWARD, "shared + (s & 1) * L::H_BYTES, place)", "shared, place)"),
+        (FORWARD, "shared + (s & 1) * L::H_BYTES, half_bit", "shared, half_bit"),
     ),
     bug(
         "gates: wait one group short",
@@ -512,7 +512,7 @@ BACKWARD_BUGS = [
     bug(
         "grid: one buffer in global memory",
         BACKWARD_GRID,
-        (REDUCE, "(u64)((s & 1) * C::TEAM + owner)", "(u64)(0 * s + owner)"),
+        (REDUCE, "(s & 1) * C::TEAM + owner", "0 * s + owner"),
     ),
 ]
 
