@@ -32,7 +32,7 @@ from fused_lstm.backends import ORDER
 
 DEFAULT_SECONDS = {"cpu": 2.0, "cuda": 0.3}
 DEFAULT_BUDGET = {"cpu": 420.0, "cuda": 150.0}
-DEFAULT_BACKENDS = {"cpu": ("default",), "cuda": ("default", "triton")}
+DEFAULT_BACKENDS = {"cpu": ("default",), "cuda": ("default", "cuda", "triton")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
