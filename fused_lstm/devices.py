@@ -7,8 +7,16 @@ import re
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["DeviceDescription", "autocast_is_on", "describe_device"]
+__all__ = [
+    "DeviceDescription",
+    "autocast_is_on",
+    "describe_device",
+    "input_precision",
+    "precision_of",
+    "upload",
+]
 
 
 class DeviceDescription(NamedTuple):
@@ -72,3 +80,31 @@ def _describe_torch_device(device: torch.device) -> DeviceDescription:
 def autocast_is_on(device_type: str) -> bool:
     """Whether autocast chooses the dtype of what is computed on devices of this type."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)
+
+
+def input_precision() -> str:
+    """How float32 operands enter the tensor cores: as cuDNN's recurrent layers do."""
+    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def precision_of(dtype: torch.dtype, device_type: str) -> str:
+    """What a `Problem` says of its products: empty where `input_precision` changes nothing."""
+    return input_precision() if dtype is torch.float32 and device_type == "cuda" else ""
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device without waiting for it; a CUDA graph copies it at each replay.
+
+    Pageable memory is read before the call returns, but when a graph is captured: there it would be
+    read at the replay, when it is no more.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        with torch.cuda.device(device):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            from fused_lstm.kernels.cuda import driver
+
+            copied: Tensor = driver.upload(x, device)
+            return copied
+    return x.to(device, non_blocking=True)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_lstm import backends, ops, wavefront
 from fused_lstm.backends import Problem
-from fused_lstm.devices import DeviceDescription, autocast_is_on, describe_device
+from fused_lstm.devices import DeviceDescription, autocast_is_on, describe_device, precision_of
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.functional import input_dtype
 from fused_lstm.module import LSTM
@@ -93,10 +93,10 @@ def explain(
     except BackendUnavailableError:
         chosen = ""
     reasons = {name: _reason(name, problem, chosen, asked_for) for name in backends.ORDER}
-    if chosen == wavefront.TOGETHER and isinstance(module, nn.LSTM):
-        directions = 2 if module.bidirectional else 1
-        together = wavefront.describe(problem, module.num_layers, directions)
-        reasons[chosen] += f"; {together}" if together else ""
+    if chosen and isinstance(module, nn.LSTM):
+        sizes = module.num_layers, 2 if module.bidirectional else 1
+        if wavefront.runs_together(problem, asked_for, *sizes):
+            reasons[chosen] += f"; {wavefront.describe(problem, *sizes)}"
     return Explanation(chosen, reasons, problem, _describe(module, problem))
 
 
@@ -124,9 +124,10 @@ def _problem(
         steps, batch = leading[::-1] if batch_first else leading
     where = device if device is not None else (weight if data is None else data).device
     description = describe_device(where)
+    dtype = input_dtype(weight if data is None else data, description.type)
     return Problem(
         device=description,
-        dtype=input_dtype(weight if data is None else data, description.type),
+        dtype=dtype,
         steps=steps,
         batch=batch,
         hidden_size=module.hidden_size,
@@ -137,6 +138,7 @@ def _problem(
         whole_layers=True,
         cell=cell,
         additions=additions,
+        precision=precision_of(dtype, description.type),
     )
 
 

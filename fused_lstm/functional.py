@@ -18,7 +18,7 @@ from fused_lstm.backends import Problem
 from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.checks import check_cell, check_sequences, check_tensors, check_weights, fit
-from fused_lstm.devices import autocast_is_on, describe_device
+from fused_lstm.devices import autocast_is_on, describe_device, precision_of
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.layer import (
     PLAIN,
@@ -260,10 +260,11 @@ def layers_problem(
         batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
     device = describe_device(input.device)
     autocast = autocast_is_on(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else input.dtype
     # By position: this runs at every call of every layer.
     return Problem(
         device,
-        torch.get_autocast_dtype(device.type) if autocast else input.dtype,
+        dtype,
         steps,
         batch,
         rows // 4,
@@ -275,6 +276,7 @@ def layers_problem(
         transform,
         False,
         additions,
+        precision_of(dtype, device.type),
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_lstm import backends
 from fused_lstm.backends import BackwardArguments, ForwardArguments, Problem
-from fused_lstm.devices import autocast_is_on, describe_device
+from fused_lstm.devices import autocast_is_on, describe_device, precision_of
 from fused_lstm.errors import KernelFallbackWarning
 from fused_lstm.modifiers import Modifiers, check_length_values, check_modifiers
 from fused_lstm.reference import state_dtype
@@ -46,7 +46,7 @@ def _kernel(backend: str, direction: str, problem: Problem) -> tuple[object, ...
     additions = set(problem.additions) - {"return_cells"}
     normalized = "layer_norm" in additions
     modified = bool(additions - {"layer_norm"})
-    sizes = (problem.device, problem.dtype, problem.hidden_size)
+    sizes = (problem.device, problem.dtype, problem.precision, problem.hidden_size)
     return backend, direction, *sizes, normalized, modified
 
 
@@ -65,8 +65,9 @@ def recurrence_problem(
     train: bool,
 ) -> Problem:
     """Describe one recurrence to the backends."""
+    device = describe_device(gates.device)
     return Problem(
-        device=describe_device(gates.device),
+        device=device,
         dtype=gates.dtype,
         steps=gates.shape[0],
         batch=batch,
@@ -75,6 +76,7 @@ def recurrence_problem(
         packed=packed,
         training=train,
         additions=modifiers.names(),
+        precision=precision_of(gates.dtype, device.type),
     )
 
 

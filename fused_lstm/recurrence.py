@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_lstm import backends, ops, reference
+from fused_lstm.devices import upload
 from fused_lstm.modifiers import Modifiers, check_modifiers
 from fused_lstm.reference import LSTMOutput, RecurrenceForward, check_batch_sizes
 
@@ -309,7 +310,7 @@ def product_operand(
         return before
     if batch_sizes is not None:
         column = reference.packed_positions(batch_sizes, h.shape[0])[1]
-        mask = mask.index_select(0, column.to(mask.device, non_blocking=True))
+        mask = mask.index_select(0, upload(column, mask.device))
     return before * mask
 
 

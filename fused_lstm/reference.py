@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_lstm.devices import upload
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 
 __all__ = [
@@ -273,7 +274,7 @@ def _packed_states_before(
     source = torch.where(
         exists & (column < batch_sizes[before]), batch + starts[before] + column, column
     )
-    return torch.cat([initial, states]).index_select(0, source.to(states.device, non_blocking=True))
+    return torch.cat([initial, states]).index_select(0, upload(source, states.device))
 
 
 def new_cells(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fused_lstm.devices import upload
 from fused_lstm.reference import packed_positions
 
 __all__ = ["Lengths", "as_lengths", "as_packed_resets", "as_resets"]
@@ -154,7 +155,8 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if tensor.device == device:
         return tensor
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and not tensor.is_pinned())
+    pageable = tensor.device.type == "cpu" and not tensor.is_pinned()
+    return upload(tensor, device) if pageable else tensor.to(device)
 
 
 def _order(sequence: PackedSequence) -> Tensor:

@@ -28,7 +28,7 @@ from fused_lstm.backends import (
     Problem,
     RecurrenceGradients,
 )
-from fused_lstm.backends.triton import input_precision
+from fused_lstm.devices import input_precision
 from fused_lstm.layer import DirectionWeights, composed_layer, within_lengths
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.ops import autocast_off
@@ -112,19 +112,34 @@ def _side_stream(device: torch.device, current: int) -> torch.cuda.Stream:
 # ---- launches
 
 
+class Cut(NamedTuple):
+    """What a launch has to know of the sequences that its pieces were cut from.
+
+    Attributes:
+        wide: whether c0 and c_n, grad_h_n, grad_c_n, grad_h0 and grad_c0 are in the state's dtype:
+            cutting a sequence into chunks rounds nothing.
+        width: pieces of the largest launch of all, for which the kernel is chosen.
+        rooms: of each piece, where its h, c and activations go, or its grad_gates: parts of whole
+            sequences' tensors, empty where nothing is saved. None for new tensors.
+    """
+
+    wide: bool
+    width: int
+    rooms: Sequence[tuple[Tensor | None, ...]]
+
+
 class Launches(NamedTuple):
     """How a backend computes pieces that do not depend on each other.
 
     Attributes:
-        forward: computes a list of pieces.
-        backward: differentiates a list of pieces.
-        several: whether it computes them side by side. Then c0 and c_n, grad_h_n, grad_c_n, grad_h0
-            and grad_c0 are in the state's dtype where `wide` says so: cutting a sequence into
-            chunks rounds nothing.
+        forward: computes a list of pieces, given how they are cut.
+        backward: differentiates a list of pieces, likewise.
+        several: whether it computes them side by side. Only such a backend is given pieces that are
+            cut in time.
     """
 
-    forward: Callable[[Sequence[ForwardArguments], bool], list[RecurrenceForward]]
-    backward: Callable[[Sequence[BackwardArguments], bool], list[RecurrenceGradients]]
+    forward: Callable[[Sequence[ForwardArguments], Cut], list[RecurrenceForward]]
+    backward: Callable[[Sequence[BackwardArguments], Cut], list[RecurrenceGradients]]
     several: bool
 
 
@@ -133,42 +148,46 @@ def launches(backend: Backend) -> Launches:
     if backend.name == TOGETHER:
         return Launches(_forward_together, _backward_together, several=True)
     return Launches(
-        lambda pieces, wide: [backend.forward(piece) for piece in pieces],
-        lambda pieces, wide: [backend.backward(piece) for piece in pieces],
+        lambda pieces, cut: [backend.forward(piece) for piece in pieces],
+        lambda pieces, cut: [backend.backward(piece) for piece in pieces],
         several=False,
     )
 
 
-def _forward_together(pieces: Sequence[ForwardArguments], wide: bool) -> list[RecurrenceForward]:
+def _forward_together(pieces: Sequence[ForwardArguments], cut: Cut) -> list[RecurrenceForward]:
     """Compute pieces in one launch of the CUDA kernels."""
     from fused_lstm.kernels import cuda as kernels
 
     results = kernels.lstm_forward_many(
         [
-            kernels.ForwardProblem(*piece[:4], piece.batch_sizes, *piece.modifiers, piece.reverse)
-            for piece in pieces
+            kernels.ForwardProblem(
+                *piece[:4], piece.batch_sizes, *piece.modifiers, piece.reverse, *room
+            )
+            for piece, room in zip(pieces, cut.rooms, strict=True)
         ],
         save_activations=pieces[0].save_activations,
         save_cells=pieces[0].save_cells,
         input_precision=input_precision(),
-        wide_states=wide,
+        wide_states=cut.wide,
+        planned=cut.width,
     )
     return [RecurrenceForward(*result) for result in results]
 
 
-def _backward_together(
-    pieces: Sequence[BackwardArguments], wide: bool
-) -> list[RecurrenceGradients]:
+def _backward_together(pieces: Sequence[BackwardArguments], cut: Cut) -> list[RecurrenceGradients]:
     """Differentiate pieces in one launch of the CUDA kernels."""
     from fused_lstm.kernels import cuda as kernels
 
     results = kernels.lstm_backward_many(
         [
-            kernels.BackwardProblem(*piece[:8], piece.batch_sizes, *piece.modifiers, piece.reverse)
-            for piece in pieces
+            kernels.BackwardProblem(
+                *piece[:8], piece.batch_sizes, *piece.modifiers, piece.reverse, *room
+            )
+            for piece, room in zip(pieces, cut.rooms, strict=True)
         ],
         input_precision=input_precision(),
-        wide_states=wide,
+        wide_states=cut.wide,
+        planned=cut.width,
     )
     return [RecurrenceGradients(gates, h0, c0, None) for gates, h0, c0 in results]
 
@@ -320,17 +339,6 @@ def _forward(
     return ops.run_on_backend("forward", stack.problem, stack.backend, launch)
 
 
-def _place(wholes: dict[int, Tensor], key: int, part: Tensor, rows: slice, count: int) -> None:
-    """Put some rows into the tensor of all `count`; if these are all, they are that tensor."""
-    if part.dim() == 1 or len(part) == count:
-        # What is not saved is an empty vector.
-        wholes[key] = part
-        return
-    if key not in wholes:
-        wholes[key] = part.new_empty((count, *part.shape[1:]))
-    wholes[key][rows].copy_(part)
-
-
 def _modifiers_of(stack: Stack, piece: Piece) -> Modifiers:
     """What changes the steps of a piece."""
     modifiers = stack.modifiers[stack.number(piece)]
@@ -358,17 +366,22 @@ class _Run:
         self.how = how
         self.chunk = chunk
         self.rows = len(x)
-        self.cut = chunk < stack.problem.steps
+        self.is_cut = chunk < stack.problem.steps
         self.lists = schedule(stack.layers, stack.directions, stack.problem.steps, chunk)
         # Between chunks a cell state or a gradient is not rounded.
-        self.states_in = state_dtype(x.dtype) if self.cut else x.dtype
-        self.wide = self.states_in != x.dtype
+        self.states_in = state_dtype(x.dtype) if self.is_cut else x.dtype
+        self._wide = self.states_in != x.dtype
+        self._width = max(map(len, self.lists))
 
     def rows_of(self, piece: Piece) -> slice:
         """Where the rows of a piece are among all; packed ones are never cut."""
         if self.stack.batch_sizes is not None:
             return slice(0, self.rows)
         return slice(piece.start, piece.stop)
+
+    def cut(self, rooms: Sequence[tuple[Tensor | None, ...]]) -> Cut:
+        """What a launch is told, next to its pieces' arguments; see `Cut`."""
+        return Cut(self._wide, self._width, rooms)
 
 
 class _ForwardRun(_Run):
@@ -412,8 +425,8 @@ class _ForwardRun(_Run):
     def _room_for_gates(self, layer: int) -> list[Tensor]:
         """Where a layer's gates are: of one chunk, and, computed meanwhile, of layer 0's next."""
         x, (weight, _) = self.inputs[layer], self.projections[layer]
-        chunks = 2 if layer == 0 and self.cut else 1
-        rows = self.chunk if self.cut else self.rows
+        chunks = 2 if layer == 0 and self.is_cut else 1
+        rows = self.chunk if self.is_cut else self.rows
         return [x.new_empty((rows, *x.shape[1:-1], weight.shape[1])) for _ in range(chunks)]
 
     def _gates_of(self, piece: Piece) -> Tensor:
@@ -451,12 +464,28 @@ class _ForwardRun(_Run):
             self.save or self.stack.return_cells,
         )
 
-    def _keep(self, piece: Piece, out: RecurrenceForward) -> None:
-        """Put a piece's results where they belong."""
+    def _room(self, piece: Piece) -> tuple[Tensor | None, ...]:
+        """Where a piece's h, c and activations go: into what its recurrence has of all steps."""
+        if not self.is_cut:
+            return None, None, None
         number, rows = self.stack.number(piece), self.rows_of(piece)
-        _place(self.h, number, out.h, rows, self.rows)
-        _place(self.c, number, out.c, rows, self.rows)
-        _place(self.activations, number, out.activations, rows, self.rows)
+        if number not in self.h:
+            x, hidden = self.inputs[0], self.stack.problem.hidden_size
+            leading, nothing = x.shape[:-1], (0,)
+            cells = self.save or self.stack.return_cells
+            self.h[number] = x.new_empty((*leading, hidden))
+            self.c[number] = x.new_empty(
+                (*leading, hidden) if cells else nothing, dtype=self.states_in
+            )
+            self.activations[number] = x.new_empty((*leading, 4 * hidden) if self.save else nothing)
+        return self.h[number][rows], self.c[number][rows], self.activations[number][rows]
+
+    def _keep(self, piece: Piece, out: RecurrenceForward) -> None:
+        """Remember a piece's results; parts are where they belong already."""
+        number = self.stack.number(piece)
+        if not self.is_cut:
+            self.h[number], self.c[number] = out.h, out.c
+            self.activations[number] = out.activations
         self.states[number] = out.h_n, out.c_n
 
     def _pass_on(self, piece: Piece) -> None:
@@ -492,7 +521,10 @@ class _ForwardRun(_Run):
                 if ahead:
                     # Here, where the room for its gates has been read by the launch before.
                     beside.fork()
-                results = self.how.forward([self._arguments(p) for p in pieces], self.wide)
+                results = self.how.forward(
+                    [self._arguments(p) for p in pieces],
+                    self.cut([self._room(p) for p in pieces]),
+                )
                 if ahead:
                     # Behind the launch, which is to find its multiprocessors free.
                     with beside.run():
@@ -613,6 +645,17 @@ class _BackwardRun(_Run):
             piece.direction == 1,
         )
 
+    def _room(self, piece: Piece) -> tuple[Tensor | None, ...]:
+        """Where a piece's δa go: into those of all steps of its recurrence."""
+        if not self.is_cut:
+            return (None,)
+        number = self.stack.number(piece)
+        if number not in self.grad_gates:
+            self.grad_gates[number] = self.saved.activations[number].new_empty(
+                self.saved.activations[number].shape
+            )
+        return (self.grad_gates[number][self.rows_of(piece)],)
+
     def _pass_down(self, piece: Piece) -> None:
         """Give the layer below the gradient of its output at the steps of a piece."""
         layer, rows = piece.layer, self.rows_of(piece)
@@ -641,10 +684,14 @@ class _BackwardRun(_Run):
             pieces = [piece for piece in every if piece.layer >= self.lowest]
             if not pieces:
                 continue
-            results = self.how.backward([self._arguments(p) for p in pieces], self.wide)
+            results = self.how.backward(
+                [self._arguments(p) for p in pieces],
+                self.cut([self._room(p) for p in pieces]),
+            )
             for piece, out in zip(pieces, results, strict=True):
                 number = self.stack.number(piece)
-                _place(self.grad_gates, number, out.gates, self.rows_of(piece), self.rows)
+                if not self.is_cut:
+                    self.grad_gates[number] = out.gates
                 self.carried[number] = out.h0, out.c0
             for piece in pieces:
                 if piece.layer > self.lowest and piece.direction == 0:

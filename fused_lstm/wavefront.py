@@ -19,12 +19,12 @@ Dimensions: `T` time steps, `L` layers, `D` directions, `K` chunks.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fused_lstm import backends, ops
 from fused_lstm.backends import Problem
-from fused_lstm.backends.cuda import CudaBackend, _flags, _limits
-from fused_lstm.backends.triton import input_precision
+from fused_lstm.backends.cuda import CudaBackend, kernel_flags, kernel_limits
+from fused_lstm.devices import input_precision
 
 __all__ = [
     "MAX_RECURRENCES",
@@ -89,26 +89,28 @@ def schedule(layers: int, directions: int, steps: int, chunk: int) -> list[list[
 
 
 @functools.lru_cache(maxsize=4096)
-def chunk_length(layers: int, steps: int, costs: tuple[float, ...]) -> int:
+def chunk_length(layers: int, steps: int, alone: float, costs: tuple[float, ...]) -> int:
     """Choose how many steps a piece of a one-directional stack has; `steps`: no wavefront.
 
     With n recurrences side by side a step takes `costs[n − 1]`: about as long as alone while all
     find room on the GPU, n times as long where one fills it. In the plain order K chunks of L
-    layers take L·K·costs[0], as a wavefront Σ costs[w − 1] over its launches, which hold
+    layers take L·K·alone, as a wavefront Σ costs[w − 1] over its launches, which hold
     w ≤ min(L, K, 8) pieces. Where there is room for all, that is L·K / (L + K − 1) times as fast:
     with K = 8 three layers are 2.4 times as fast, and with ever more chunks 3 times.
 
     Args:
         layers: L.
         steps: T.
-        costs: microseconds of a step, of 1, 2, ... min(L, MAX_RECURRENCES) recurrences in a launch.
+        alone: microseconds of a step of the kernel that is best for one recurrence.
+        costs: the same of the wavefront's one kernel, with 1, 2, ... min(L, MAX_RECURRENCES)
+            recurrences in a launch.
     """
     chunks = min(_MOST_CHUNKS, int(steps * costs[-1] / _SHORTEST_CHUNK_US), steps)
     if layers == 1 or chunks < 2:
         return steps
     chunk = -(-steps // chunks)
     widths = [len(pieces) for pieces in schedule(layers, 1, steps, chunk)]
-    plain = layers * -(-steps // chunk) * costs[0]
+    plain = layers * -(-steps // chunk) * alone
     return chunk if plain >= _LEAST_GAIN * sum(costs[width - 1] for width in widths) else steps
 
 
@@ -122,42 +124,45 @@ def chunk_lengths(problem: Problem, layers: int, directions: int) -> tuple[int, 
     """
     if directions == 2 or layers == 1:
         return problem.steps, problem.steps
-    costs = _costs(problem._replace(steps=0), min(layers, MAX_RECURRENCES), input_precision())
+    costs = _costs(problem._replace(steps=0), min(layers, MAX_RECURRENCES))
     forward, backward = (
         # Where there is no plan the launch will say why.
-        chunk_length(layers, problem.steps, own) if own else problem.steps
+        chunk_length(layers, problem.steps, *own) if own else problem.steps
         for own in costs
     )
     return forward, backward
 
 
 @functools.lru_cache(maxsize=4096)
-def _costs(problem: Problem, most: int, precision: str) -> tuple[tuple[float, ...], ...]:
-    """Microseconds of a step of 1, 2, ... `most` recurrences in a launch, forward and backward.
+def _costs(problem: Problem, most: int) -> tuple[tuple[float, tuple[float, ...]] | None, ...]:
+    """What `chunk_length` asks for, forward and backward; None where there is no kernel.
 
-    Empty where one of them cannot be launched.
+    Args:
+        problem: one of the recurrences.
+        most: recurrences of the largest launch that it can have, for which its kernel is chosen.
     """
     from fused_lstm.kernels.cuda import config
 
-    limits: Any = _limits(problem.device)
-    flags: Any = _flags(problem)
-    terms = config.terms_of(problem.dtype, precision)
-    costs = []
+    limits = kernel_limits(problem.device)
+    options = {
+        "hidden": problem.hidden_size,
+        "dtype": problem.dtype,
+        "terms": config.terms_of(problem.dtype, problem.precision or input_precision()),
+        "flags": kernel_flags(problem),
+    }
+    sizes = {"batch": problem.batch, "limits": limits}
+    costs: list[tuple[float, tuple[float, ...]] | None] = []
     for direction in config.DIRECTIONS:
-        plans = [
-            config.plan(
-                direction,
-                batch=problem.batch,
-                hidden=problem.hidden_size,
-                dtype=problem.dtype,
-                terms=terms,
-                recurrences=recurrences,
-                limits=limits,
-                flags=flags,
-            )
-            for recurrences in range(1, most + 1)
-        ]
-        costs.append(tuple(several[0].cost_us for several in plans) if all(plans) else ())
+        alone, together = (
+            config.plan(direction, recurrences=recurrences, **sizes, **options)
+            for recurrences in (1, most)
+        )
+        if not (alone and together):
+            costs.append(None)
+            continue
+        kernel = together[0].config
+        several = (config.cost_us(kernel, recurrences=n + 1, **sizes) for n in range(most))
+        costs.append((alone[0].cost_us, tuple(several)))
     return tuple(costs)
 
 
@@ -187,12 +192,8 @@ def runs_together(problem: Problem, name: str | None, layers: int, directions: i
 
 
 def describe(problem: Problem, layers: int, directions: int) -> str:
-    """Say in words what shares launches; empty if nothing does. Arguments as `runs_together`."""
+    """Say in words what shares launches, where `runs_together` says that something does."""
     if directions == 2:
         return "both directions in one launch"
-    if layers == 1 or problem.packed:
-        return ""
     chunk = chunk_lengths(problem, layers, directions)[0]
-    if chunk >= problem.steps:
-        return ""
     return f"{layers} layers as a wavefront over {-(-problem.steps // chunk)} chunks"

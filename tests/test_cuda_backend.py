@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
 import torch
 from fused_lstm.kernels import cuda as kernels
-from fused_lstm.kernels.cuda import KernelUnavailableError, launch
+from fused_lstm.kernels.cuda import KernelUnavailableError, driver, launch
 
 import fused_lstm
 from fused_lstm import (
@@ -19,8 +20,7 @@ from fused_lstm import (
 )
 from fused_lstm.backends import BackwardArguments, ForwardArguments, Problem
 from fused_lstm.backends import cuda as backend
-from fused_lstm.backends.triton import input_precision
-from fused_lstm.devices import describe_device
+from fused_lstm.devices import describe_device, input_precision, upload
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.reference import recurrence_backward, recurrence_forward
 
@@ -97,6 +97,20 @@ def test_it_is_chosen_by_default_only_where_it_has_been_verified(monkeypatch) ->
     assert backends.select_backend(problem("sm_80")) == "reference"
 
 
+def test_the_choice_follows_the_precision_of_float32_products(monkeypatch) -> None:
+    """1024 hidden units find room where a product is one of TF32, not where it is three."""
+    layer = fused_lstm.LSTM(8, 1024, backend="cuda", device="meta")
+    for precision, served in ("ieee", False), ("tf32", True), ("ieee", False):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        assert (explain(layer, device="sm_90").backend == "cuda") == served
+        # A failure of one kernel is none of the other's.
+        assert (
+            ops._kernel("cuda", "forward", explain(layer, device="sm_90").problem)[4] == precision
+        )
+    half = fused_lstm.LSTM(8, 1024, device="meta", dtype=torch.bfloat16)
+    assert explain(half, device="sm_90").problem.precision == ""
+
+
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "availability", lambda: "NVRTC is on holiday")
     assert backends.supports("cuda", problem()) == backends.Support(False, "NVRTC is on holiday")
@@ -116,14 +130,14 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch) -> None:
     ],
 )
 def test_additions_become_flags(additions, flags) -> None:
-    asked = backend._flags(problem(additions=additions))
+    asked = backend.kernel_flags(problem(additions=additions))
     given = {name for name, value in vars(asked).items() if value}
     assert given == flags | {"save_activations", "save_cells"}
     assert backends.supports("cuda", problem(additions=additions)).ok
-    inference = backend._flags(problem(additions=additions, training=False))
+    inference = backend.kernel_flags(problem(additions=additions, training=False))
     assert not inference.save_activations
     assert inference.save_cells == ("return_cells" in additions)
-    assert backend._flags(problem(packed=True)).packed
+    assert backend.kernel_flags(problem(packed=True)).packed
 
 
 def test_explain_knows_it() -> None:
@@ -145,6 +159,20 @@ def test_a_layer_that_asks_for_it_on_a_cpu_gets_the_reason() -> None:
     layer = fused_lstm.LSTM(3, 8, backend="cuda")
     with pytest.raises(BackendUnavailableError, match="NVIDIA GPUs, not on a cpu device"):
         layer(torch.randn(2, 1, 3))
+
+
+@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
+def test_what_a_graph_will_copy_again_is_not_left_in_pageable_memory(monkeypatch, capturing):
+    """A packed batch's rows are looked up on the GPU by indices that the CPU computes."""
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(driver, "upload", lambda x, device: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: x)
+    x = torch.arange(3)
+    assert upload(x, torch.device("cuda", 0)) is x
+    assert len(pinned) == capturing
 
 
 # ---- when it fails

@@ -1,4 +1,4 @@
-"""python -m benchmarks.tune_cuda, with the emulator for a GPU: the plan takes the table it makes."""
+"""python -m benchmarks.tune_cuda, with the emulator for a GPU: the plan takes its table."""
 
 import json
 

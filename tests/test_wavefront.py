@@ -69,19 +69,21 @@ def test_both_directions_of_a_layer_run_together() -> None:
 
 def test_the_choice_of_a_chunk() -> None:
     # There is one layer, no room for others, or little to do.
-    assert chunk_length(1, 1000, (1.0,)) == 1000
-    assert chunk_length(3, 1000, (1.0, 2.0, 3.0)) == 1000
-    assert chunk_length(3, 1000, (1.0, 1.7, 2.4)) == 1000
-    assert chunk_length(3, 200, (1.0, 1.0, 1.0)) == 200
+    assert chunk_length(1, 1000, 1.0, (1.0,)) == 1000
+    assert chunk_length(3, 1000, 1.0, (1.0, 2.0, 3.0)) == 1000
+    assert chunk_length(3, 1000, 1.0, (1.0, 1.7, 2.4)) == 1000
+    assert chunk_length(3, 200, 1.0, (1.0, 1.0, 1.0)) == 200
+    # The kernel for three at once is much slower than the one for a recurrence alone.
+    assert chunk_length(3, 10_000, 1.0, (2.0, 2.0, 2.0)) == 10_000
     # Else about eight chunks, each of 150 microseconds or more.
-    assert chunk_length(3, 10_000, (1.0, 1.0, 1.0)) == 1250
-    assert chunk_length(3, 10_001, (1.0, 1.3, 1.6)) == 1251
-    assert chunk_length(3, 1000, (0.5, 0.5, 0.5)) == 334
+    assert chunk_length(3, 10_000, 1.0, (1.0, 1.0, 1.0)) == 1250
+    assert chunk_length(3, 10_001, 1.0, (1.0, 1.3, 1.6)) == 1251
+    assert chunk_length(3, 1000, 0.5, (0.5, 0.5, 0.5)) == 334
     # Two layers in two chunks take three launches instead of four.
-    assert chunk_length(2, 300, (1.0, 1.0)) == 150
+    assert chunk_length(2, 300, 1.0, (1.0, 1.0)) == 150
     for layers, steps, cost in itertools.product(range(1, 12), (1, 64, 257, 9999), (0.1, 1, 400)):
         costs = tuple(cost * max(1, n / 4) for n in range(1, min(layers, MAX_RECURRENCES) + 1))
-        assert 1 <= chunk_length(layers, steps, costs) <= steps
+        assert 1 <= chunk_length(layers, steps, cost, costs) <= steps
 
 
 def problem(**changes: object) -> backends.Problem:
@@ -97,7 +99,6 @@ def test_the_choice_on_a_gpu() -> None:
     assert chunk_lengths(problem(), 3, 2) == (4096, 4096)
     for alone in (problem(batch=4096), problem(hidden_size=2048), problem(steps=10)):
         assert chunk_lengths(alone, 3, 1) == (alone.steps, alone.steps)
-        assert wavefront.describe(alone, 3, 1) == ""
     assert wavefront.describe(problem(), 1, 2) == "both directions in one launch"
     # More memory than there is for weights: no plan, and no wavefront.
     assert chunk_lengths(problem(hidden_size=8192), 3, 1) == (4096, 4096)
@@ -112,6 +113,7 @@ class Standin(Backend):
     Attributes:
         launches: (direction, lengths of the pieces in steps) of every launch.
         broken: directions in which launches raise.
+        widths: for how many recurrences kernels were to be chosen, by direction.
     """
 
     name = "cuda"
@@ -119,6 +121,7 @@ class Standin(Backend):
     def __init__(self) -> None:
         self.launches: list[tuple[str, list[int]]] = []
         self.broken: set[str] = set()
+        self.widths: dict[str, set[int]] = {"forward": set(), "backward": set()}
 
     def supports(self, problem):
         return Support(not problem.proj_size, "a stand-in", default=False)
@@ -136,7 +139,8 @@ class Standin(Backend):
         if direction in self.broken:
             raise RuntimeError("no such luck")
 
-    def forward_together(self, pieces, wide):
+    def forward_together(self, pieces, cut):
+        wide = cut.wide
         self._launched("forward", pieces, [p.gates for p in pieces])
         assert len({(p.save_activations, p.save_cells) for p in pieces}) == 1
         results = []
@@ -149,9 +153,10 @@ class Standin(Backend):
             if wide:
                 out = out._replace(c_n=last_cells(p, out.c))
             results.append(out if p.save_cells else out._replace(c=out.c.new_empty(0)))
-        return results
+        return self._placed("forward", results, cut)
 
-    def backward_together(self, pieces, wide):
+    def backward_together(self, pieces, cut):
+        wide = cut.wide
         self._launched("backward", pieces, [p.activations for p in pieces])
         results = []
         for p in pieces:
@@ -162,6 +167,18 @@ class Standin(Backend):
             wider = p._replace(activations=p.activations.to(state), weight_hh=p.weight_hh.to(state))
             out = self.backward(wider)
             results.append(RecurrenceGradients(out.gates.to(dtype), out.h0, out.c0, None))
+        return self._placed("backward", results, cut)
+
+    def _placed(self, direction, results, cut):
+        """Put results where they are to go."""
+        assert len(results) == len(cut.rooms)
+        assert len(results) <= cut.width
+        self.widths[direction].add(cut.width)
+        for out, rooms in zip(results, cut.rooms, strict=True):
+            for tensor, room in zip(out, rooms, strict=False):
+                if room is not None:
+                    assert room.is_contiguous()
+                    room.copy_(tensor)
         return results
 
 
@@ -289,6 +306,8 @@ def test_chunks_that_do_not_divide_the_sequence(standin, cut, forward, backward)
     lengths = torch.tensor([2, T, 0])
     x, h, c = arguments_of(ours, torch.float32)
     assert_all_within_budget(ours, plain, x, h, c, lengths=lengths)
+    # One kernel serves all launches of a direction.
+    assert all(len(widths) == 1 for widths in standin.widths.values())
     counts = [[length for d, lengths in standin.launches if d == direction for length in lengths]
               for direction in ("forward", "backward")]  # fmt: skip
     assert [max(c) for c in counts] == [forward, backward]
@@ -573,6 +592,11 @@ def test_explain_says_what_shares_launches(standin, cut) -> None:
         reasons = fused_lstm.explain(layer).reasons
         assert reasons["cuda"] == f"asked for by name: a stand-in{words}"
         assert "wavefront" not in str(fused_lstm.explain(plain))
+    standin.broken.add("forward")
+    with pytest.warns(KernelFallbackWarning):
+        layer(torch.randn(T, B, I))
+    reasons = fused_lstm.explain(layer).reasons
+    assert reasons["cuda"].endswith("the next backend runs instead")
 
 
 # Errors

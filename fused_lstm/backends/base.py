@@ -44,6 +44,8 @@ class Problem(NamedTuple):
         cell: whether it is one step of an `LSTMCell`.
         additions: what is asked for beyond `torch.nn.LSTM`: names of arguments of
             `fused_lstm.LSTM` for whole layers, of `Modifiers` for one recurrence, and "layer_norm".
+        precision: of float32 products on a GPU, "tf32" or "ieee", as `torch.backends` has it now;
+            "" where there is no choice.
     """
 
     device: DeviceDescription
@@ -59,6 +61,7 @@ class Problem(NamedTuple):
     transform: str = ""
     cell: bool = False
     additions: tuple[str, ...] = ()
+    precision: str = ""
 
 
 class Support(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from typing_extensions import override
 
@@ -13,11 +15,10 @@ from fused_lstm.backends.base import (
     RecurrenceGradients,
     Support,
 )
-from fused_lstm.backends.triton import input_precision
-from fused_lstm.devices import DeviceDescription, describe_device
+from fused_lstm.devices import DeviceDescription, describe_device, input_precision
 from fused_lstm.reference import RecurrenceForward
 
-__all__ = ["CudaBackend"]
+__all__ = ["CudaBackend", "kernel_flags", "kernel_limits"]
 
 # Architectures on which the whole GPU suite has passed. Elsewhere the kernels can be named, but are
 # not chosen by default.
@@ -39,12 +40,12 @@ class CudaBackend(Backend):
         from fused_lstm.kernels.cuda import availability, config
 
         arch = problem.device.arch
-        terms = config.terms_of(problem.dtype, input_precision())
+        terms = config.terms_of(problem.dtype, problem.precision or input_precision())
         options = {
             "dtype": problem.dtype,
-            "limits": _limits(problem.device),
+            "limits": kernel_limits(problem.device),
             "terms": terms,
-            "flags": _flags(problem),
+            "flags": kernel_flags(problem),
         }
         ok, reason = config.fits(problem.hidden_size, **options)
         if not ok:
@@ -102,8 +103,8 @@ def _refusal(problem: Problem) -> str:
     return ""
 
 
-def _limits(device: DeviceDescription) -> object:
-    """What the device has room for: the GPU at hand, if that is the one described."""
+def kernel_limits(device: DeviceDescription) -> Any:
+    """The `DeviceLimits` of a device: of the GPU at hand, if that is the one described."""
     from fused_lstm.kernels.cuda.config import known_limits
 
     if torch.cuda.is_available() and describe_device("cuda") == device:
@@ -113,8 +114,8 @@ def _limits(device: DeviceDescription) -> object:
     return known_limits(device.arch)
 
 
-def _flags(problem: Problem) -> object:
-    """What the problem asks of a kernel."""
+def kernel_flags(problem: Problem) -> Any:
+    """What a problem asks of a kernel, as the `Flags` of a configuration."""
     from fused_lstm.kernels.cuda.config import Flags
 
     asked = set(problem.additions)

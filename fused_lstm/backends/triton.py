@@ -18,10 +18,11 @@ from fused_lstm.backends.base import (
     RecurrenceGradients,
     Support,
 )
+from fused_lstm.devices import input_precision
 from fused_lstm.layer_norm_reference import LayerNormForward, LayerNormGradients
 from fused_lstm.reference import RecurrenceForward
 
-__all__ = ["TritonBackend", "input_precision"]
+__all__ = ["TritonBackend"]
 
 # Architectures on which the whole GPU suite has passed. Elsewhere the kernels can be named, but are
 # not chosen by default.
@@ -116,12 +117,6 @@ class TritonBackend(Backend):
         )
 
 
-def input_precision() -> str:
-    """How float32 operands enter the tensor cores: as cuDNN's recurrent layers do."""
-    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if precision == "tf32" else "ieee"
-
-
 def _plan(problem: Problem) -> str:
     """Describe the launch that `problem` gets."""
     if "layer_norm" in problem.additions:
@@ -135,7 +130,7 @@ def _plan(problem: Problem) -> str:
         hidden=problem.hidden_size,
         dtype=problem.dtype,
         arch=problem.device.arch or _INTERPRETED_ARCH,
-        input_precision=input_precision(),
+        input_precision=problem.precision or input_precision(),
         modifiers="none" if not others else "lengths" if others == {"lengths"} else "any",
     )
     launches = "one launch for all steps" if config.scope == "sequence" else "one launch per step"

@@ -44,6 +44,7 @@ __all__ = [
     "Flags",
     "ForwardConfig",
     "Plan",
+    "cost_us",
     "fits",
     "known_limits",
     "plan",
@@ -152,6 +153,19 @@ def plan(
         waves = occupancy(config, tiles * recurrences, limits).waves
         plans.append(Plan(config, tiles, waves, cost, _reason(config, tiles, waves)))
     return plans
+
+
+def cost_us(config: Config, *, batch: int, recurrences: int, limits: DeviceLimits) -> float:
+    """Estimated microseconds of a time step where a configuration runs several recurrences.
+
+    Args:
+        config: the kernel.
+        batch: as in `plan`.
+        recurrences: as in `plan`.
+        limits: as in `plan`.
+    """
+    teams = recurrences * -(-_bucket(batch) // config.COLUMNS)
+    return committed_measurements().us_per_step(config, teams, limits)
 
 
 def fits(

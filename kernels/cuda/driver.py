@@ -25,7 +25,7 @@ from .limits import DeviceLimits, known_limits
 if TYPE_CHECKING:
     from .instance import Config
 
-__all__ = ["CudaExecutor", "Executor", "Kernel", "describe"]
+__all__ = ["CudaExecutor", "Executor", "Kernel", "describe", "upload"]
 
 # Larger clusters have to be asked for: not every GPU can run them.
 _PORTABLE_CLUSTER = 8
@@ -33,6 +33,8 @@ _PORTABLE_CLUSTER = 8
 _SUCCESS = 0
 # Prepared launches that a kernel keeps; a program has few streams and few batch sizes.
 _PREPARED_LAUNCHES = 256
+# What CUDA graphs copy to a device, at every replay anew: nobody says when the last one was.
+_copied_by_graphs: list[torch.Tensor] = []
 
 
 class Kernel(Protocol):
@@ -130,7 +132,8 @@ class CudaExecutor:
     def __init__(self, multiprocessors: int | None = None) -> None:
         self._multiprocessors = multiprocessors
         self._lock = threading.Lock()
-        self._kernels: dict[tuple[Config, int], CudaKernel | KernelUnavailableError] = {}
+        # Kernels, or why there are none: an error would keep its callers' tensors alive.
+        self._kernels: dict[tuple[Config, int], CudaKernel | str] = {}
 
     def load(self, config: Config, device: torch.device) -> CudaKernel:
         """The kernel of a configuration, compiled and loaded at the first call.
@@ -148,10 +151,10 @@ class CudaExecutor:
                 kernel = self._loaded(config, index)
             except KernelUnavailableError as error:
                 # It will not get better; the next call shall not compile again.
-                kernel = error
+                kernel = str(error)
             kernel = self._kernels.setdefault(key, kernel)
-        if isinstance(kernel, KernelUnavailableError):
-            raise KernelUnavailableError(str(kernel)) from kernel
+        if isinstance(kernel, str):
+            raise KernelUnavailableError(kernel)
         return kernel
 
     def _loaded(self, config: Config, index: int) -> CudaKernel:
@@ -309,6 +312,22 @@ class CudaKernel:
         return prepared
 
 
+def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a CPU tensor on a GPU, made on its current stream; nothing waits for it.
+
+    It may be captured in a CUDA graph, which copies what `x` holds now.
+    """
+    with torch.cuda.device(device):
+        if not torch.cuda.is_current_stream_capturing():
+            return x.pin_memory().to(device, non_blocking=True)
+        # Where no pinned memory is free it is asked for, which a capture would not have.
+        allowed = contextlib.nullcontext() if availability() else _capture_allowed(_driver())
+        with allowed:
+            pinned = x.pin_memory()
+        _copied_by_graphs.append(pinned)
+        return pinned.to(device, non_blocking=True)
+
+
 def _driver_version() -> str:
     """The newest CUDA that the driver knows, such as "13.0"."""
     number = _checked(_driver(), "cuDriverGetVersion")
@@ -340,7 +359,7 @@ def _current(driver, context) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _capture_allowed(driver) -> Iterator[None]:
-    """Lets a module be loaded while some stream is captured in a CUDA graph."""
+    """Lets memory be taken, for a module too, while a stream is captured in a CUDA graph."""
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = _checked(driver, "cuThreadExchangeStreamCaptureMode", relaxed)
     try:

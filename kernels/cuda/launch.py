@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .compiler import KernelUnavailableError
 from .config import Config, DeviceLimits, Direction, Flags, Plan, fits, known_limits, plan, terms_of
-from .driver import CudaExecutor, Executor, Kernel, describe
+from .driver import CudaExecutor, Executor, Kernel, describe, upload
 from .instance import type_name
 from .parameters import (
     MAX_RECURRENCES,
@@ -61,7 +61,14 @@ def limits_of(device: torch.device) -> DeviceLimits:
 
 
 class ForwardProblem(NamedTuple):
-    """One recurrence to compute: arguments of `lstm_forward`."""
+    """One recurrence to compute: arguments of `lstm_forward`, and tensors for its results.
+
+    Attributes:
+        out_h: contiguous, on a 16-byte boundary, as `lstm_forward` returns h, which is written
+            there; None for a new tensor.
+        out_c: likewise, for c.
+        out_activations: likewise, for activations.
+    """
 
     gates: Tensor
     weight_hh: Tensor
@@ -75,10 +82,18 @@ class ForwardProblem(NamedTuple):
     zoneout_c: Tensor | None = None
     cell_clip: float | None = None
     reverse: bool = False
+    out_h: Tensor | None = None
+    out_c: Tensor | None = None
+    out_activations: Tensor | None = None
 
 
 class BackwardProblem(NamedTuple):
-    """One recurrence to differentiate: arguments of `lstm_backward`."""
+    """One recurrence to differentiate: arguments of `lstm_backward`, and a tensor for dgates.
+
+    Attributes:
+        out_dgates: contiguous, on a 16-byte boundary, as `lstm_backward` returns dgates, which are
+            written there; None for a new tensor.
+    """
 
     grad_h: Tensor | None
     grad_c: Tensor | None
@@ -96,6 +111,7 @@ class BackwardProblem(NamedTuple):
     zoneout_c: Tensor | None = None
     cell_clip: float | None = None
     reverse: bool = False
+    out_dgates: Tensor | None = None
 
 
 ForwardResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -194,6 +210,7 @@ def lstm_forward_many(
     save_cells: bool = True,
     input_precision: str = "ieee",
     wide_states: bool = False,
+    planned: int | None = None,
     config: Config | None = None,
 ) -> list[ForwardResult]:
     """Runs independent recurrences side by side, in one launch where they find room.
@@ -206,6 +223,8 @@ def lstm_forward_many(
         input_precision: as in `lstm_forward`.
         wide_states: c0 and c_n are float32, as c is carried: cutting a sequence into parts rounds
             nothing.
+        planned: how many recurrences the kernel is chosen for, so that launches of more and of
+            fewer of them share one; by default, as many as there are.
         config: as in `lstm_forward`.
 
     Returns:
@@ -213,7 +232,8 @@ def lstm_forward_many(
 
     Raises:
         KernelUnavailableError: as `lstm_forward`.
-        ValueError: as `lstm_forward`, and if the problems differ where they may not.
+        ValueError: as `lstm_forward`, if the problems differ where they may not, and if a result
+            does not fit the tensor that it is to go to.
     """
     _check_alike([_kind(p, p.gates, p.h0) for p in problems])
     prepared = [_prepare_forward(p, save_activations, save_cells, wide_states) for p in problems]
@@ -221,7 +241,7 @@ def lstm_forward_many(
         flags = _flags(problems[0], save_activations, save_cells)
         dtype = problems[0].gates.dtype
         shape, device = problems[0].h0.shape, problems[0].gates.device
-        _run("forward", prepared, shape, dtype, device, flags, input_precision, config)
+        _run("forward", prepared, shape, dtype, device, flags, input_precision, planned, config)
     return [p.results for p in prepared]
 
 
@@ -309,6 +329,7 @@ def lstm_backward_many(
     *,
     input_precision: str = "ieee",
     wide_states: bool = False,
+    planned: int | None = None,
     config: Config | None = None,
 ) -> list[BackwardResult]:
     """Differentiates independent recurrences side by side, in one launch where they find room.
@@ -317,6 +338,7 @@ def lstm_backward_many(
         problems: as in `lstm_forward_many`; gradients may be None in some of them.
         input_precision: as in `lstm_forward`.
         wide_states: c0 and the gradients of initial and final states are float32.
+        planned: as in `lstm_forward_many`.
         config: as in `lstm_forward`.
 
     Returns:
@@ -324,7 +346,8 @@ def lstm_backward_many(
 
     Raises:
         KernelUnavailableError: as `lstm_backward`.
-        ValueError: as `lstm_backward`, and if the problems differ where they may not.
+        ValueError: as `lstm_backward`, if the problems differ where they may not, and if dgates do
+            not fit the tensor that they are to go to.
     """
     _check_alike([_kind(p, p.activations, p.c0) for p in problems])
     prepared = [_prepare_backward(p, wide_states) for p in problems]
@@ -332,7 +355,7 @@ def lstm_backward_many(
         flags = _flags(problems[0], save_activations=True, save_cells=True)
         dtype = problems[0].activations.dtype
         shape, device = problems[0].c0.shape, problems[0].activations.device
-        _run("backward", prepared, shape, dtype, device, flags, input_precision, config)
+        _run("backward", prepared, shape, dtype, device, flags, input_precision, planned, config)
     return [p.results for p in prepared]
 
 
@@ -371,11 +394,12 @@ def _prepare_forward(
     B, H = h0.shape
     leading = gates.shape[:-1]
     state = torch.float32 if wide_states else gates.dtype
-    # Where rows have lengths nothing is stored past them.
-    new = gates.new_empty if problem.lengths is None else gates.new_zeros
-    h = new((*leading, H))
-    c = new((*leading, H) if save_cells else (0,), dtype=torch.float32)
-    activations = new((*leading, 4 * H) if save_activations else (0,))
+    zeroed = problem.lengths is not None
+    h = _room(problem.out_h, gates, (*leading, H), gates.dtype, zeroed)
+    cells = (*leading, H) if save_cells else (0,)
+    c = _room(problem.out_c, gates, cells, torch.float32, zeroed)
+    activated = (*leading, 4 * H) if save_activations else (0,)
+    activations = _room(problem.out_activations, gates, activated, gates.dtype, zeroed)
     if h.numel() == 0:
         return _Prepared((h, c, activations, h0.clone(), c0.to(state, copy=True)))
     h_n, c_n = gates.new_empty(B, H), gates.new_empty(B, H, dtype=state)
@@ -405,14 +429,14 @@ def _prepare_backward(problem: BackwardProblem, wide_states: bool) -> _Prepared:
     B, H = c0.shape
     dtype = activations.dtype
     state = torch.float32 if wide_states else dtype
+    zeroed = problem.lengths is not None
+    dgates = _room(problem.out_dgates, activations, activations.shape, dtype, zeroed)
     if activations.numel() == 0:
         dh0, dc0 = (
             c0.new_zeros(B, H, dtype=state) if grad is None else grad.to(state, copy=True)
             for grad in (grad_h_n, grad_c_n)
         )
-        return _Prepared((activations.new_empty(activations.shape), dh0, dc0))
-    new = activations.new_empty if problem.lengths is None else activations.new_zeros
-    dgates = new(activations.shape)
+        return _Prepared((dgates, dh0, dc0))
     dh0, dc0 = (activations.new_empty(B, H, dtype=state) for _ in range(2))
     prepared = _Prepared((dgates, dh0, dc0))
     prepared.structure = r = BackwardRecurrence()
@@ -436,6 +460,31 @@ def _prepare_backward(problem: BackwardProblem, wide_states: bool) -> _Prepared:
     r.reverse, r.wide_states = problem.reverse, wide_states
     _describe_modifiers(prepared, problem, activations)
     return prepared
+
+
+def _room(
+    given: Tensor | None, like: Tensor, shape: Sequence[int], dtype: torch.dtype, zeroed: bool
+) -> Tensor:
+    """Where a result goes: the tensor that is given for it, or a new one beside `like`.
+
+    Args:
+        given: by the caller, or None.
+        like: a tensor of the same device.
+        shape: of the result.
+        dtype: of the result.
+        zeroed: whether it begins as zeros: where rows have lengths nothing is stored past them.
+    """
+    if given is None:
+        new = like.new_zeros if zeroed else like.new_empty
+        return new(tuple(shape), dtype=dtype)
+    fits_in = given.shape == tuple(shape) and given.dtype == dtype and given.device == like.device
+    if not fits_in or _dense(given) is not given:
+        raise ValueError(
+            f"a result of {list(shape)}, {dtype} on {like.device} is to go to a contiguous tensor "
+            f"like it on a {_ALIGNMENT}-byte boundary, got {list(given.shape)}, {given.dtype} on "
+            f"{given.device}"
+        )
+    return given.zero_() if zeroed else given
 
 
 def _describe_modifiers(
@@ -469,10 +518,6 @@ def _describe_modifiers(
     modifiers.cell_clip = 0.0 if problem.cell_clip is None else float(problem.cell_clip)
 
 
-# Copies on their way to a device that a CUDA graph will make again at every replay.
-_captured: list[Tensor] = []
-
-
 def _packed_layout(batch_sizes: Tensor, batch: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where each step's rows begin [T], and how many steps each row has [B], where the rows are.
 
@@ -488,10 +533,7 @@ def _packed_layout(batch_sizes: Tensor, batch: int, rows: Tensor) -> tuple[Tenso
     lengths = steps - torch.searchsorted(rising, torch.arange(batch), right=True)
     both = torch.cat([step_rows, lengths])
     if rows.device.type == "cuda":
-        both = both.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(both)
-        both = both.to(rows.device, non_blocking=True)
+        both = upload(both, rows.device)
     return both[:steps], both[steps:]
 
 
@@ -580,8 +622,8 @@ class _Request(NamedTuple):
     flags: Flags
 
 
-# Kernels that were chosen, or why none could be.
-_chosen: dict[_Request, tuple[Config, Kernel] | KernelUnavailableError] = {}
+# Kernels that were chosen, or why none could be: an error would keep its callers' tensors alive.
+_chosen: dict[_Request, tuple[Config, Kernel] | str] = {}
 _REMEMBERED = 4096
 
 
@@ -593,6 +635,7 @@ def _run(
     device: torch.device,
     flags: Flags,
     input_precision: str,
+    planned: int | None,
     config: Config | None,
 ) -> None:
     """Launches all recurrences that have something to do."""
@@ -602,9 +645,8 @@ def _run(
     batch, hidden = state_shape
     for first in range(0, len(ready), MAX_RECURRENCES):
         some = ready[first : first + MAX_RECURRENCES]
-        request = _Request(
-            executor, direction, device, batch, hidden, dtype, terms, len(some), flags
-        )
+        count = min(planned or len(some), MAX_RECURRENCES)
+        request = _Request(executor, direction, device, batch, hidden, dtype, terms, count, flags)
         if config is None:
             chosen, kernel = _best_kernel(request)
         else:
@@ -638,12 +680,12 @@ def _best_kernel(request: _Request) -> tuple[Config, Kernel]:
         try:
             found = _first_available(request)
         except KernelUnavailableError as error:
-            found = error
+            found = str(error)
         if len(_chosen) >= _REMEMBERED:
             _chosen.clear()
         _chosen[request] = found
-    if isinstance(found, KernelUnavailableError):
-        raise KernelUnavailableError(str(found)) from found
+    if isinstance(found, str):
+        raise KernelUnavailableError(found)
     return found
 
 

@@ -1,7 +1,10 @@
 """What the CUDA kernels' loader asks of the driver; on a GPU, what the driver makes of it."""
 
+import contextlib
 import ctypes
+import gc
 import threading
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -252,6 +255,28 @@ def test_loading_is_allowed_while_a_graph_is_captured(fake) -> None:
     assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent") == 1
 
 
+@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
+def test_an_upload_may_be_captured_and_is_then_kept(fake, monkeypatch, capturing) -> None:
+    modes = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        modes.append(fake.of("cuThreadExchangeStreamCaptureMode"))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(driver, "_copied_by_graphs", [])
+    x = torch.tensor([3, 2])
+    assert driver.upload(x, torch.device("cpu")).tolist() == [3, 2]
+    relaxed = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    # Memory is taken where a capture lets it be; afterwards all is as before.
+    assert modes == [[(relaxed,)] if capturing else []]
+    exchanged = [(relaxed,), ("the mode before",)] if capturing else []
+    assert fake.of("cuThreadExchangeStreamCaptureMode") == exchanged
+    assert len(driver._copied_by_graphs) == capturing
+
+
 def test_a_kernel_is_loaded_once_for_each_device(fake) -> None:
     executor = driver.CudaExecutor()
     kernels = [
@@ -315,6 +340,25 @@ def test_a_compile_error_is_not_tried_again(fake, monkeypatch) -> None:
         with pytest.raises(compiler.KernelUnavailableError, match="line 3: error"):
             executor.load(SmallConfig(), torch.device("cuda", 0))
     assert compiled == ["sm_90"]
+
+
+def test_a_remembered_refusal_keeps_nothing_alive(fake, monkeypatch) -> None:
+    def refuses(source: str, arch: str) -> bytes:
+        raise compiler.KernelUnavailableError("line 3: error")
+
+    monkeypatch.setattr(driver, "cubin_of", refuses)
+    executor = driver.CudaExecutor()
+    of_the_caller = []
+
+    def call() -> None:
+        tensor = torch.zeros(3)
+        of_the_caller.append(weakref.ref(tensor))
+        with contextlib.suppress(compiler.KernelUnavailableError):
+            executor.load(SmallConfig(), torch.device("cuda", 0))
+
+    call()
+    gc.collect()
+    assert of_the_caller[0]() is None
 
 
 def test_a_module_that_does_not_load_says_which_versions_met(fake) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -313,6 +316,61 @@ def test_recurrences_side_by_side(executor):
         lstm_forward_many([problems[0], problems[1]._replace(lengths=torch.ones(9).long())])
 
 
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["all", "lengths"])
+def test_results_go_where_they_are_to_go(with_lengths):
+    """Parts of tensors of a longer sequence, full of NaN."""
+    (gates, weight_hh, h0, c0), grads, modifiers = make_inputs(3, 2, 8, torch.bfloat16)
+    lengths = modifiers["lengths"] if with_lengths else None
+    expected = lstm_forward(gates, weight_hh, h0, c0, lengths=lengths)
+    whole = [torch.full((5, *x.shape[1:]), NAN, dtype=x.dtype) for x in expected[:3]]
+    given = [x[1:4] for x in whole]
+    problem = ForwardProblem(
+        gates, weight_hh, h0, c0, lengths=lengths, out_h=given[0], out_c=given[1],
+        out_activations=given[2],
+    )  # fmt: skip
+    (results,) = lstm_forward_many([problem])
+    for tensor, room, all_steps, right in zip(results, given, whole, expected, strict=False):
+        assert tensor is room
+        assert torch.equal(tensor, right)
+        assert all_steps[::4].isnan().all()
+    (unsaved,) = lstm_forward_many(
+        [problem._replace(out_c=torch.empty(0), out_activations=None)],
+        save_cells=False,
+        save_activations=False,
+    )
+    assert torch.equal(unsaved[0], expected[0])
+
+    _, c, activations, *_ = expected
+    right = lstm_backward(*grads, activations, c, weight_hh, c0, lengths=lengths)
+    whole_dgates = torch.full((5, *activations.shape[1:]), NAN, dtype=activations.dtype)
+    backward = BackwardProblem(
+        *grads, activations, c, weight_hh, c0, lengths=lengths, out_dgates=whole_dgates[1:4]
+    )
+    (gradients,) = lstm_backward_many([backward])
+    assert gradients[0].data_ptr() == whole_dgates[1].data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, right, strict=True))
+    assert whole_dgates[::4].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "room",
+    [
+        torch.empty(3, 2, 9, dtype=torch.bfloat16),
+        torch.empty(3, 2, 8),
+        torch.empty(3, 2, 16, dtype=torch.bfloat16)[..., ::2],
+        torch.empty(49, dtype=torch.bfloat16)[1:].view(3, 2, 8),
+        torch.empty(3, 2, 8, dtype=torch.bfloat16, device="meta"),
+    ],
+    ids=["shape", "dtype", "strides", "alignment", "device"],
+)
+def test_results_do_not_go_where_they_do_not_fit(room):
+    inputs, _, _ = make_inputs(3, 2, 8, torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"a result of \[3, 2, 8\], torch.bfloat16 on cpu is to go"
+    ):
+        lstm_forward_many([ForwardProblem(*inputs, out_h=room)])
+
+
 def test_parts_of_a_sequence_pass_states_on_in_float32():
     """Two parts are the whole, bit for bit, forward and backward."""
     inputs, grads, _ = make_inputs(5, 9, 24, torch.bfloat16)
@@ -485,6 +543,19 @@ def test_the_first_plan_that_can_be_had_is_taken_and_remembered(use):
     assert len(recorder.asked) == 2
 
 
+def test_launches_of_several_sizes_share_the_kernel_that_is_planned_for_one_of_them(use):
+    problem = ForwardProblem(*big(batch=32, hidden=256))
+    recorder = use(Recorder())
+    for count in (1, 2, 1):
+        lstm_forward_many([problem] * count)
+    assert len(recorder.asked) == 2
+    recorder = use(Recorder())
+    for count in (1, 2, 1):
+        lstm_forward_many([problem] * count, planned=2)
+    assert len(recorder.asked) == 1
+    assert {config for config, _ in recorder.launched} == set(recorder.asked)
+
+
 def test_a_device_with_less_room_than_it_says_gets_smaller_teams(use):
     recorder = use(Recorder(resident=lambda config: 8 // config.TEAM))
     lstm_forward(*big(batch=64))
@@ -499,6 +570,21 @@ def test_when_nothing_can_be_had_the_reasons_are_told_once_and_nothing_is_tried_
             lstm_forward(*big())
     assert len(recorder.asked) <= launch._TRIED_PLANS
     assert str(caught.value).count("team of 16: no") == 1
+
+
+def test_a_remembered_refusal_keeps_nothing_alive(use):
+    use(Recorder(refuses=lambda config: True))
+    of_the_caller = []
+
+    def call() -> None:
+        inputs = big()
+        of_the_caller.append(weakref.ref(inputs[0]))
+        with contextlib.suppress(KernelUnavailableError):
+            lstm_forward(*inputs)
+
+    call()
+    gc.collect()
+    assert of_the_caller[0]() is None
 
 
 def test_what_a_packed_batch_needs_is_derived_from_its_sizes():
