@@ -12,6 +12,13 @@ NATIVE_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 WORKERS ?= 2
 # The GPU suite's, which share one GPU.
 GPU_WORKERS ?= 4
+# Watches the GPU's memory and synchronization; part of the CUDA toolkit.
+SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2> /dev/null) \
+	$(wildcard /usr/local/cuda/bin/compute-sanitizer))
+# Our own CUDA kernels, of the tests that are small enough. A kernel has two mbarriers.
+SANITIZE = $(SANITIZER) --error-exitcode 1 --num-cuda-barriers 2 \
+	--kernel-name kernel_substring=lstm_
+SANITIZED = $(PYTHON) -m pytest tests/kernels/test_cuda_gpu.py -k small -p no:cacheprovider --timeout 1800
 # Where the demo draws, and where timings are recorded.
 OUT ?= out
 RESULTS ?= benchmarks/results
@@ -23,7 +30,7 @@ help:
 	@echo "make test    the whole test suite (no GPU needed)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time fused_lstm against torch.nn.LSTM on this machine"
-	@echo "make gpu     test suite and timing on this machine's NVIDIA GPU"
+	@echo "make gpu     test suite, sanitizers and timing on this machine's NVIDIA GPU"
 
 venv: $(READY) $(NATIVE)
 
@@ -67,12 +74,21 @@ bench: venv
 	$(BIN)/python -m benchmarks.additions --device cpu --out $(RESULTS)
 
 # Offline, in the Python at hand: nothing is downloaded, its torch and triton are used as they are.
-# The timing runs even where a test failed, and the exit status says so.
+# The rest runs even where a test failed, and the exit status says so. Without PyTorch's cache of
+# memory every tensor is an allocation, whose ends memcheck knows; what an API answers, the tests see.
 gpu:
 	@$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make gpu: torch ' + torch.__version__ + ' of $(PYTHON) sees no GPU')"
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 	@status=0; \
 	$(PYTHON) -m pytest -n $(GPU_WORKERS) $(ARGS) || status=$$?; \
+	if command -v "$(SANITIZER)" > /dev/null; then \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck --report-api-errors no \
+			$(SANITIZED) || status=$$?; \
+		$(SANITIZE) --tool racecheck $(SANITIZED) || status=$$?; \
+		$(SANITIZE) --tool synccheck $(SANITIZED) || status=$$?; \
+	else \
+		echo "make gpu: compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin: its checks are left out"; \
+	fi; \
 	$(PYTHON) -m benchmarks.compare --device cuda --out $(RESULTS) || status=$$?; \
 	exit $$status
 

@@ -221,17 +221,9 @@ class CudaKernel:
                 raise
 
     def _set_attributes(self) -> None:
-        """Asks for what a launch may not have unasked; refuses spills, if the driver made some."""
+        """Asks for what a launch may not have unasked."""
         driver, config = self._driver, self._config
         attributes = driver.CUfunction_attribute
-        local_bytes = _checked(
-            driver,
-            "cuFuncGetAttribute",
-            attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES,
-            self._function,
-        )
-        if local_bytes:
-            raise RuntimeError(f"it needs {local_bytes} bytes a thread beyond its registers")
         asked = {attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: config.shared_bytes}
         if config.cluster > _PORTABLE_CLUSTER:
             asked[attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
