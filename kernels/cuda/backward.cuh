@@ -629,8 +629,10 @@ DEVICE void lstm_backward(const BackwardParameters& p) {
   // The steps of a column of the tile: none beyond the batch.
   auto length_of = [&](u32 column) {
     if (first_column + column >= p.batch) return 0;
-    if constexpr (C::HAS_LENGTHS)
-      return (int)device::load_global64(r.modifiers.lengths + first_column + column).x;
+    if constexpr (C::HAS_LENGTHS) {
+      const int length = device::load_global64(r.modifiers.lengths + first_column + column).x;
+      return length < r.steps ? length : r.steps;
+    }
     return r.steps;
   };
   // The tile's steps: those of its longest row.

@@ -7,8 +7,9 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOG2_E_TAIL = 1.925963033500012e-08f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// e^x, for |x| <= 150 or NaN, with the rounding of x log2(e) given back: that alone would cost a
-// relative error of |x| 2^-24. What is left of the product, r, enters as 2^r = 1 + r ln 2.
+// e^x, for x up to 88 or NaN, with the rounding of x log2(e) given back: that alone would cost a
+// relative error of |x| 2^-24. What is left of the product, r, enters as 2^r = 1 + r ln 2. (Beyond 88
+// the power overflows, and infinity times r would be NaN.)
 DEVICE float exponential(float x) {
   const float product = x * LOG2_E;
   const float rest =
@@ -24,8 +25,8 @@ DEVICE float exponential(float x) {
 template <Type TYPE>
 DEVICE float sigmoid(float x) {
   if constexpr (TYPE == Type::float32) {
-    // Comparisons with NaN are false. Beyond 100 the result is 0 or 1 anyway.
-    const float z = x > 100.f ? 100.f : x < -100.f ? -100.f : x;
+    // Comparisons with NaN are false. Beyond 88 the result is 0, all but 2^-126, or 1 anyway.
+    const float z = x > 88.f ? 88.f : x < -88.f ? -88.f : x;
     return device::reciprocal_approximate(1.f + exponential(-z));
   } else if constexpr (TYPE == Type::float16) {
     return device::reciprocal_approximate(1.f + device::exp2_approximate(-LOG2_E * x));

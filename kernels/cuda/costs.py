@@ -95,7 +95,8 @@ def registers_beside_weights(config: Config) -> int:
         needed += 8 if config.HAS_LENGTHS else 0
         needed += 36 if config.modified else 0
         # What does not exist is not loaded.
-        needed += 8 + 16 * config.GROUPS if config.k_units != config.HIDDEN else 0
+        if config.k_units != config.HIDDEN:
+            needed += (16 if config.TYPE == "float32" else 8) + 16 * config.GROUPS
         split = config.K_WARPS > 1
         # Sums on their way to and from other warps.
         needed += config.accumulators * max(2, config.column_tiles) if split else 0

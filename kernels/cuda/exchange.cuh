@@ -77,7 +77,7 @@ struct HiddenExchange<C, Scope::cluster> {
 
 // A grid whose blocks are all resident: h goes through two buffers in global memory, which the L2
 // cache holds. Each block has a flag, a number that only grows: s + 1 once its part of h of step s
-// is there. Each thread acquires the flags of the blocks whose chunks it copies.
+// is there. Each flag is acquired by one thread of a block, before a barrier of all.
 template <class C>
 struct HiddenExchange<C, Scope::grid> {
   typedef ForwardLayout<C> L;
@@ -98,9 +98,9 @@ struct HiddenExchange<C, Scope::grid> {
   DEVICE void start() const {}
   DEVICE void wait(int s) const {
     const u32 offset = (s & 1) * L::H_BYTES;
-#pragma unroll 1
-    for (u32 i = thread; i < CHUNKS; i += L::THREADS)
-      if (i / BLOCK_CHUNKS != rank) device::wait_acquire(flags + i / BLOCK_CHUNKS, s + 1);
+    for (u32 peer = thread; peer < C::TEAM; peer += L::THREADS)
+      if (peer != rank) device::wait_acquire(flags + peer, s + 1);
+    device::sync_block();
 #pragma unroll 4
     for (u32 i = thread; i < CHUNKS; i += L::THREADS)
       if (i / BLOCK_CHUNKS != rank)

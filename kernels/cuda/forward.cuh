@@ -201,15 +201,19 @@ struct GateRing {
     }
   }
 
-  // Begins to copy the gates of step t, whose first row is at `rows`; of no step if not `exists`.
-  DEVICE void fetch(const void* rows, int t, bool exists, const ForwardPlace<C>& place) {
+  // Begins to copy the gates of step t, whose first row is number `row` of packed ones; of no step if
+  // not `exists`.
+  DEVICE void fetch(const ForwardRecurrence& r, int t, i64 row, bool exists,
+                    const ForwardPlace<C>& place) {
+    const i64 first = C::PACKED ? row * r.gates_stride_b : t * r.gates_stride_t;
 #pragma unroll
     for (int k = 0; k < COPIES; k++) {
       const bool valid = exists && (C::HAS_LENGTHS ? t < length[k] : length[k] > 0);
       const u32 to = base + write * L::WARPS * L::WARP_GATE_BYTES +
                      (place.lane + k * LANES) * CHUNK_BYTES;
       if (CHUNKS % LANES == 0 || place.lane + k * LANES < CHUNKS)
-        device::copy_async16(to, (const u8*)rows + (valid ? offset[k] * L::ELEMENT : 0), valid);
+        device::copy_async16(
+            to, (const u8*)r.gates + (valid ? (first + offset[k]) * L::ELEMENT : 0), valid);
     }
     device::copy_async_commit();
     write = write + 1 == C::STAGES ? 0 : write + 1;
@@ -255,8 +259,10 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
   // The steps of a column of the tile: none beyond the batch.
   auto length_of = [&](u32 column) {
     if (first_column + column >= p.batch) return 0;
-    if constexpr (C::HAS_LENGTHS)
-      return (int)device::load_global64(modifiers.lengths + first_column + column).x;
+    if constexpr (C::HAS_LENGTHS) {
+      const int length = device::load_global64(modifiers.lengths + first_column + column).x;
+      return length < r.steps ? length : r.steps;
+    }
     return r.steps;
   };
   // The tile's steps: those of its longest row.
@@ -320,10 +326,6 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
     }
     return false;
   };
-  auto gate_rows = [&](int t, i64 row) {
-    return (const u8*)r.gates +
-           (C::PACKED ? row * r.gates_stride_b : t * r.gates_stride_t) * L::ELEMENT;
-  };
   // Writes what enters the product of step s, h', masked, into this block's buffer, and sends it.
   auto publish = [&](int s, const bool (&reset)[SLABS]) {
     const u32 buffer = (s & 1) * L::H_BYTES;
@@ -370,8 +372,7 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
   for (int stage = 0; stage < C::STAGES - 1; stage++) {
     const int later = t + stage * direction;
     const bool in_time = stage < steps;
-    gates.fetch(gate_rows(later, in_time ? first_row<C>(modifiers, later, p.batch) : 0), later,
-                in_time, place);
+    gates.fetch(r, later, in_time ? first_row<C>(modifiers, later, p.batch) : 0, in_time, place);
   }
   // The first rows of this step, and of the one whose gates are fetched next: loaded a step ahead.
   i64 row = steps ? first_row<C>(modifiers, t, p.batch) : 0;
@@ -389,7 +390,7 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
   for (int s = 0; s < steps; s++, t += direction) {
     const bool last = s + 1 == steps;
     const int fetched = t + (C::STAGES - 1) * direction;
-    gates.fetch(gate_rows(fetched, fetched_row), fetched, s + C::STAGES - 1 < steps, place);
+    gates.fetch(r, fetched, fetched_row, s + C::STAGES - 1 < steps, place);
     i64 next_row = 0;
     if constexpr (C::PACKED) {
       if (s + C::STAGES < steps)
@@ -447,7 +448,9 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
               cell_forward<C>(a[group][slab], h_before, c_before, zoneout_h[group][slab],
                               zoneout_c[group][slab], modifiers.cell_clip);
           cells[group][slab] = now;
-          if (!C::HAS_LENGTHS || takes_part(t, slab)) {
+          // Of units that only fill the team up h stays 0: from an infinite operand theirs is NaN.
+          const bool kept = C::TEAM * L::UNITS == C::HIDDEN || exists[group][slab];
+          if (kept && (!C::HAS_LENGTHS || takes_part(t, slab))) {
             c[group][slab] = now.c;
             h[group][slab] = device::from_float<C::TYPE>(now.h);
           }

@@ -185,6 +185,11 @@ def executor(monkeypatch: pytest.MonkeyPatch, emulator_directory) -> EmulatedExe
     return executor
 
 
+def compute(problem: launch.ForwardProblem, **options: object) -> tuple[torch.Tensor, ...]:
+    (result,) = launch.lstm_forward_many([problem], **options)
+    return result
+
+
 def run(executor: EmulatedExecutor, config: ForwardConfig, case: Case, order: Options, seed: int):
     """One recurrence and, for odd seeds, another in the same launch: other T, other direction."""
     dtype = getattr(torch, config.TYPE)
@@ -223,11 +228,11 @@ def test_modified(config: ForwardConfig, case: Case, executor: EmulatedExecutor)
 def test_nothing_is_saved_that_is_not_asked_for(executor: EmulatedExecutor):
     problem = problem_of(Case(3, 5), 64, torch.bfloat16, 0)
     config = CONFIGS[3]
-    h, c, activations, h_n, c_n = launch.lstm_forward(
-        **problem._asdict(), save_activations=False, save_cells=False, config=config
+    h, c, activations, h_n, c_n = compute(
+        problem, save_activations=False, save_cells=False, config=config
     )
     assert c.shape == activations.shape == (0,)
-    whole = launch.lstm_forward(**problem._asdict(), config=config)
+    whole = compute(problem, config=config)
     for actual, expected in zip((h, h_n, c_n), (whole[0], *whole[3:]), strict=True):
         assert torch.equal(actual, expected)
 
@@ -237,7 +242,7 @@ def test_every_order_gives_the_same_bits(executor: EmulatedExecutor):
         problem = problem_of(Case(4, 9), config.HIDDEN, torch.bfloat16, 3)
         results = []
         for executor.options in ORDERS:
-            results.append(launch.lstm_forward(**problem._asdict(), config=config))
+            results.append(compute(problem, config=config))
         for result in results[1:]:
             assert all(map(torch.equal, result, results[0]))
 
@@ -252,8 +257,8 @@ def test_saturated_and_not_a_number(executor: EmulatedExecutor):
         gates[:, 1] = -60000.0
         gates[1, 2, H // 2] = torch.nan
         problem = problem._replace(gates=gates)
-        h, c, *_ = launch.lstm_forward(
-            **problem._asdict(),
+        h, c, *_ = compute(
+            problem,
             input_precision="ieee" if config.TERMS == 3 else "tf32",
             config=config,
         )
@@ -263,11 +268,46 @@ def test_saturated_and_not_a_number(executor: EmulatedExecutor):
             torch.testing.assert_close(actual.double(), expected, rtol=0, atol=0.02, equal_nan=True)
 
 
+def test_gates_of_every_magnitude(executor: EmulatedExecutor):
+    """From where exponentials vanish to where they overflow, in steps of a sixteenth."""
+    for config in CONFIGS[3], CONFIGS[1], CONFIGS[2], CONFIGS[5]:
+        dtype, H = getattr(torch, config.TYPE), config.HIDDEN
+        problem = problem_of(Case(1, 64), H, dtype, 5)
+        gates = torch.linspace(-130, 130, 64 * 4 * H).view(1, 64, 4 * H)[..., torch.randperm(4 * H)]
+        problem = problem._replace(
+            gates=gates.to(dtype), weight_hh=torch.zeros_like(problem.weight_hh)
+        )
+        precision = "ieee" if config.TERMS == 3 else "tf32"
+        results = compute(problem, input_precision=precision, config=config)
+        check(problem, results, config)
+
+
+def test_an_infinite_state_stays_with_its_row(executor: EmulatedExecutor):
+    """Units that only fill a team up have weights of 0, and 0 times infinity is NaN."""
+    config = CONFIGS[7]
+    assert config.TEAM * config.units > config.HIDDEN
+    problem = problem_of(Case(3, 5), config.HIDDEN, torch.float16, 2)
+    problem.h0[0, 3] = torch.inf
+    h, *_ = compute(problem, config=config)
+    truth = by_reference(problem, torch.float64).h
+    assert torch.equal(h.isnan(), truth.isnan())
+    assert not h[:, 1:].isnan().any()
+
+
+def test_lengths_beyond_the_sequence_are_those_of_it(executor: EmulatedExecutor):
+    """Who calls the kernels by hand does not read what is not there."""
+    config = CONFIGS[3]
+    problem = problem_of(Case(3, 5), config.HIDDEN, torch.bfloat16, 2)
+    whole = compute(problem._replace(lengths=torch.full((5,), 3)), config=config)
+    beyond = compute(problem._replace(lengths=torch.full((5,), 9)), config=config)
+    assert all(map(torch.equal, beyond, whole))
+
+
 def test_states_of_a_part_are_float32(executor: EmulatedExecutor):
     """Two parts, c carried from one to the other in float32, are the whole, bit for bit."""
     config = CONFIGS[3]
     problem = problem_of(Case(6, 5), 64, torch.bfloat16, 2)
-    whole = launch.lstm_forward(**problem._asdict(), config=config)
+    whole = compute(problem, config=config)
     first = problem._replace(gates=problem.gates[:2], c0=problem.c0.float())
     ((h, *_, h_n, c_n),) = launch.lstm_forward_many([first], config=config, wide_states=True)
     assert c_n.dtype == torch.float32
@@ -283,8 +323,6 @@ def test_states_of_a_part_are_float32(executor: EmulatedExecutor):
 def test_a_configuration_says_what_it_is_for(executor: EmulatedExecutor):
     problem = problem_of(Case(2, 3), 64, torch.float16, 0)
     with pytest.raises(ValueError, match="TYPE"):
-        launch.lstm_forward(**problem._asdict(), config=CONFIGS[3])
+        compute(problem, config=CONFIGS[3])
     with pytest.raises(ValueError, match="HIDDEN"):
-        launch.lstm_forward(
-            **problem._asdict(), config=dataclasses.replace(CONFIGS[3], HIDDEN=56, TYPE="float16")
-        )
+        compute(problem, config=dataclasses.replace(CONFIGS[3], HIDDEN=56, TYPE="float16"))

@@ -320,12 +320,17 @@ FORWARD_BUGS = [
     bug(
         "grid: no acquire",
         FORWARD_GRID,
-        (EXCHANGE, "device::wait_acquire(flags + i / BLOCK_CHUNKS, s + 1);", "(void)flags;"),
+        (EXCHANGE, "device::wait_acquire(flags + peer, s + 1);", "(void)flags;"),
     ),
     bug(
         "grid: acquire of the step before",
         FORWARD_GRID,
-        (EXCHANGE, "(flags + i / BLOCK_CHUNKS, s + 1)", "(flags + i / BLOCK_CHUNKS, s)"),
+        (EXCHANGE, "(flags + peer, s + 1)", "(flags + peer, s)"),
+    ),
+    bug(
+        "grid: no barrier after the acquire",
+        FORWARD_GRID,
+        (EXCHANGE, "    device::sync_block();\n#pragma unroll 4", "#pragma unroll 4"),
     ),
     bug(
         "grid: release before all warps have stored",

@@ -616,14 +616,19 @@ class Machine {
 
   // ---- global memory
 
-  // Null if everything may be accessed.
-  const Range* check_global(const void* pointer, unsigned bytes, const char* verb,
-                            const Site& site) {
+  void check_alignment(const void* pointer, unsigned bytes, const char* verb, const Site& site) {
     const uint64_t address = (uint64_t)(uintptr_t)pointer;
     if (address % bytes) {
       fail_at(site, std::string("misaligned ") + verb + " of " + std::to_string(bytes) +
                         " bytes at global address " + hexadecimal(address));
     }
+  }
+
+  // Null if everything may be accessed.
+  const Range* check_global(const void* pointer, unsigned bytes, const char* verb,
+                            const Site& site) {
+    check_alignment(pointer, bytes, verb, site);
+    const uint64_t address = (uint64_t)(uintptr_t)pointer;
     for (const Range& range : launch.ranges) {
       if (address >= range.address && address + bytes <= range.address + range.bytes) return &range;
     }

@@ -291,6 +291,8 @@ inline void store_global64(void* p, Words2 v, SITE) { machine().write_global(p, 
 inline void store_global128(void* p, Words4 v, SITE) { machine().write_global(p, &v, 16, site); }
 
 inline void copy_async16(u32 to, const void* from, bool valid, SITE) {
+  // The address must be a possible one even where nothing is read.
+  machine().check_alignment(from, 16, "load", site);
   machine().start_copy(to, valid ? machine().readable_global(from, 16, site) : nullptr, site);
 }
 inline void copy_async_commit() { machine().commit_copies(); }
