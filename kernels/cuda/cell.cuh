@@ -8,8 +8,8 @@ constexpr float LOG2_E_TAIL = 1.925963033500012e-08f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 // e^x, for x up to 88 or NaN, with the rounding of x log2(e) given back: that alone would cost a
-// relative error of |x| 2^-24. What is left of the product, r, enters as 2^r = 1 + r ln 2. (Beyond 88
-// the power overflows, and infinity times r would be NaN.)
+// relative error of |x| 2^-24. What is left of the product, r, enters as 2^r = 1 + r ln 2. (Beyond
+// 88 the power overflows, and infinity times r would be NaN.)
 DEVICE float exponential(float x) {
   const float product = x * LOG2_E;
   const float rest =

@@ -121,31 +121,35 @@ DEVICE float tanh_approximate(float x) {
 // ---- matrices. Operands are 32-bit words: two elements of 16 bits, or one TF32 number.
 
 // c[16x8] += a[16xK] b[Kx8] in float32; K is 16 for elements of 16 bits and 8 for TF32. With g =
-// lane / 4 and q = lane % 4, a lane holds, in words along K (8 of them in a row of a or column of b):
+// lane / 4 and q = lane % 4, a lane holds, in words along K (8 in a row of a or a column of b):
 //   a[0] = a(g, q), a[1] = a(g + 8, q), a[2] = a(g, q + 4), a[3] = a(g + 8, q + 4);
-//   b0 = b(q, g), b1 = b(q + 4, g);  c[0], c[1] = c(g, 2q), c(g, 2q + 1), c[2], c[3] those of g + 8.
+//   b0 = b(q, g), b1 = b(q + 4, g);
+//   c[0] = c(g, 2q), c[1] = c(g, 2q + 1), c[2] = c(g + 8, 2q), c[3] = c(g + 8, 2q + 1).
 // Volatile: all lanes multiply, even where only some use the sums.
 template <Type TYPE>
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (TYPE == Type::float16)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else if constexpr (TYPE == Type::bfloat16)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four matrices of eight rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8 and
-// gets, of matrix m, word l % 4 of row l / 4 in r[m].
+// Four matrices of eight rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8
+// and gets, of matrix m, word l % 4 of row l / 4 in r[m].
 DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

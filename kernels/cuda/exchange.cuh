@@ -9,8 +9,8 @@
 //   sent(s + 1)                by every thread
 //
 // and the same, without wait, before the first step for h0. Two buffers suffice. Buffer s % 2 is
-// written again, by this block or a peer, with h of step s + 2; who has computed that has waited for
-// all of h of step s + 1, which no warp of this block sent before it had read buffer s % 2.
+// written again, by this block or a peer, with h of step s + 2; who has computed that has waited
+// for all of h of step s + 1, which no warp of this block sent before it had read buffer s % 2.
 #pragma once
 #include "layout.cuh"
 
@@ -32,8 +32,8 @@ struct HiddenExchange {
 // A cluster: each warp stores its chunks into the shared memory of every peer, asynchronously. The
 // mbarrier of a buffer counts the warps of its own block, which arrive, and the bytes of the peers.
 // A barrier of the whole cluster costs several times as much: there is one at the start, when
-// mbarriers must be there before bytes come, and one at the end, when no block may leave before what
-// it sends has come, nor before what it is sent.
+// mbarriers must be there before bytes come, and one at the end, when no block may leave before
+// what it sends has come, nor before what it is sent.
 template <class C>
 struct HiddenExchange<C, Scope::cluster> {
   typedef ForwardLayout<C> L;

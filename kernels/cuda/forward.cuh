@@ -127,7 +127,8 @@ DEVICE void gather(ForwardCells<C>& a, const ForwardSums<C>& sums, u32 shared,
   } else {
     // To each owner of slabs there are K_WARPS - 1 places, one for every other warp, in order.
     auto address = [&](u32 owner, u32 source, int group, int slab) {
-      const u32 place_of_sum = (owner * C::UNIT_WARPS + place.unit_warp) * (C::K_WARPS - 1) + source;
+      const u32 place_of_sum =
+          (owner * C::UNIT_WARPS + place.unit_warp) * (C::K_WARPS - 1) + source;
       return shared + L::SUMS_OF_K +
              (((place_of_sum * C::GROUPS + group) * L::OWN_SLABS + slab) * LANES + place.lane) *
                  CHUNK_BYTES;
@@ -169,8 +170,8 @@ DEVICE void gather(ForwardCells<C>& a, const ForwardSums<C>& sums, u32 shared,
   }
 }
 
-// The gates of the steps to come, on their way from global to shared memory. Each warp fetches those
-// of its own cells, as chunks: for each slab [4 gates][4 columns][8 units].
+// The gates of the steps to come, on their way from global to shared memory. Each warp fetches
+// those of its own cells, as chunks: for each slab [4 gates][4 columns][8 units].
 template <class C>
 struct GateRing {
   typedef ForwardLayout<C> L;
@@ -179,7 +180,7 @@ struct GateRing {
   static constexpr int COPIES = (CHUNKS + LANES - 1) / LANES;
   u32 base;
   int read = 0, write = 0;  // stages
-  // This lane's chunks: where they are in a step's rows, in elements, and until which step.
+  // This lane's chunks: where they are in a step's rows, in bytes, and until which step.
   i64 offset[COPIES];
   int length[COPIES];
 
@@ -197,23 +198,24 @@ struct GateRing {
       const u32 column = place.column(slab % L::OWN_SLABS, q);
       const bool exists = place.has_cells() && chunk < CHUNKS && unit < C::HIDDEN;
       length[k] = exists ? length_of(column) : 0;
-      offset[k] = length[k] ? (first_column + column) * r.gates_stride_b + gate * C::HIDDEN + unit : 0;
+      offset[k] =
+          ((first_column + column) * r.gates_stride_b + gate * C::HIDDEN + unit) * L::ELEMENT;
     }
   }
 
-  // Begins to copy the gates of step t, whose first row is number `row` of packed ones; of no step if
-  // not `exists`.
+  // Begins to copy the gates of step t, whose first row is number `row` of packed ones; of no step
+  // if not `exists`.
   DEVICE void fetch(const ForwardRecurrence& r, int t, i64 row, bool exists,
                     const ForwardPlace<C>& place) {
-    const i64 first = C::PACKED ? row * r.gates_stride_b : t * r.gates_stride_t;
+    const u8* rows = (const u8*)r.gates +
+                     (C::PACKED ? row * r.gates_stride_b : t * r.gates_stride_t) * L::ELEMENT;
 #pragma unroll
     for (int k = 0; k < COPIES; k++) {
       const bool valid = exists && (C::HAS_LENGTHS ? t < length[k] : length[k] > 0);
       const u32 to = base + write * L::WARPS * L::WARP_GATE_BYTES +
                      (place.lane + k * LANES) * CHUNK_BYTES;
       if (CHUNKS % LANES == 0 || place.lane + k * LANES < CHUNKS)
-        device::copy_async16(
-            to, (const u8*)r.gates + (valid ? (first + offset[k]) * L::ELEMENT : 0), valid);
+        device::copy_async16(to, rows + (valid ? offset[k] : 0), valid);
     }
     device::copy_async_commit();
     write = write + 1 == C::STAGES ? 0 : write + 1;
@@ -320,8 +322,8 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
     if constexpr (C::HAS_RESETS) {
       if (!takes_part(t, slab)) return false;
       const i64 column = first_column + place.column(slab, place.q);
-      const i64 index = C::PACKED ? (row + column) * modifiers.resets_stride_b
-                                  : t * modifiers.resets_stride_t + column * modifiers.resets_stride_b;
+      const i64 first = C::PACKED ? row * modifiers.resets_stride_b : t * modifiers.resets_stride_t;
+      const i64 index = first + column * modifiers.resets_stride_b;
       return device::load_global8(modifiers.resets + index) != 0;
     }
     return false;
@@ -347,7 +349,8 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
           if constexpr (L::ELEMENT == 2)
             device::store_shared16(address, operand);
           else
-            device::store_shared32(address, C::TERMS == 1 ? device::round_to_tf32(operand) : operand);
+            device::store_shared32(address,
+                                   C::TERMS == 1 ? device::round_to_tf32(operand) : operand);
         }
       if constexpr (C::TEAM > 1) {
         device::sync_warp();
@@ -359,9 +362,11 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
           for (u32 first = 0; first < SENDS; first += LANES) {
             const u32 i = first + place.lane, chunk = i % CHUNKS;
             const u32 column = place.column(chunk / 4 % SLABS, chunk % 4);
-            const u32 unit_chunk = (first_unit + place.unit(group)) / L::CHUNK_ELEMENTS + chunk / ROWS;
+            const u32 unit_chunk =
+                (first_unit + place.unit(group)) / L::CHUNK_ELEMENTS + chunk / ROWS;
+            const u32 offset = buffer + (unit_chunk * C::COLUMNS + column) * CHUNK_BYTES;
             if (SENDS % LANES == 0 || i < SENDS)
-              exchange.send(s, i, CHUNKS, buffer + (unit_chunk * C::COLUMNS + column) * CHUNK_BYTES);
+              exchange.send(s, i, CHUNKS, offset);
           }
       }
     }
@@ -469,15 +474,18 @@ DEVICE void lstm_forward(const ForwardParameters& p) {
         if (!exists[group][slab] || !takes_part(t, slab)) continue;
         const i64 index = row * C::HIDDEN + cell[slab] + group * GROUP_UNITS;
         store_element<C>(r.h, index, h[group][slab]);
-        if constexpr (C::SAVE_CELLS) device::store_global32(r.c + index, device::bits_of(c[group][slab]));
+        if constexpr (C::SAVE_CELLS)
+          device::store_global32(r.c + index, device::bits_of(c[group][slab]));
         if constexpr (C::SAVE_ACTIVATIONS) {
+          // Rows of gates are four times as long.
+          const i64 rows_before = row + first_column + place.column(slab, place.q);
+          const i64 first = index + (GATES - 1) * rows_before * C::HIDDEN;
           const Cell& now = cells[group][slab];
-          const i64 column = first_column + place.column(slab, place.q);
-          const i64 first = (row + column) * GATES * C::HIDDEN + (index - (row + column) * C::HIDDEN);
-          store_element<C>(r.activations, first, device::from_float<C::TYPE>(now.i));
-          store_element<C>(r.activations, first + C::HIDDEN, device::from_float<C::TYPE>(now.f));
-          store_element<C>(r.activations, first + 2 * C::HIDDEN, device::from_float<C::TYPE>(now.g));
-          store_element<C>(r.activations, first + 3 * C::HIDDEN, device::from_float<C::TYPE>(now.o));
+          const float activations[GATES] = {now.i, now.f, now.g, now.o};
+#pragma unroll
+          for (int gate = 0; gate < GATES; gate++)
+            store_element<C>(r.activations, first + gate * C::HIDDEN,
+                             device::from_float<C::TYPE>(activations[gate]));
         }
       }
     if constexpr (C::PACKED) row = next_row;

@@ -561,8 +561,12 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _row_strides(x: Tensor, packed: bool) -> tuple[int, int]:
-    """Strides of time and batch. A packed row's place is told by its batch stride alone."""
-    return (x.stride(0), x.stride(0)) if packed else (x.stride(0), x.stride(1))
+    """Strides of time and batch. A packed row's place is told by its batch stride alone.
+
+    Of a single step or row the stride is 0: kernels make no other address of it, even of nothing.
+    """
+    stride_t, stride_b = (x.stride(k) if x.shape[k] > 1 else 0 for k in (0, 0 if packed else 1))
+    return stride_t, stride_b
 
 
 # ---- what the recurrences of a launch share

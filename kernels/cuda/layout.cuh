@@ -2,8 +2,8 @@
 //
 // A team of blocks works on a tile of the batch, all hidden units, from the first step to the last;
 // each block of it owns UNITS hidden units. Everything that moves is counted in chunks of 16 bytes,
-// and everything that is multiplied in tiles of 32 bytes along K, two chunks, so that elements of 16
-// bits and TF32 numbers of 32 share one code: see multiply_add in device.cuh.
+// and everything that is multiplied in tiles of 32 bytes along K, two chunks, so that elements of
+// 16 bits and TF32 numbers of 32 share one code: see multiply_add in device.cuh.
 #pragma once
 #include "device.cuh"
 #include "parameters.h"

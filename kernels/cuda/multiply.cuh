@@ -1,22 +1,22 @@
-// The product that both kernels are made of: a few rows of weights, held as left operands, times a few
-// columns of a small operand in shared memory; and float32 on tensor cores, which multiply TF32.
+// The product that both kernels are made of: a few rows of weights, held as left operands, times a
+// few columns of a small operand in shared memory; float32, too, on tensor cores, which have TF32.
 #pragma once
 #include "layout.cuh"
 
 // Half of the last bit that `high` of split() keeps: 0x1000 in every step s, which compilers do not
-// know. Else they would split the weights, the same in all steps, before the first one, and keep both
-// parts in registers that are not there.
+// know. Else they would split the weights, the same in all steps, before the first one, and keep
+// both parts in registers that are not there.
 DEVICE u32 half_bit(int s) { return 0x1000 + (device::unknown(s) >> 31); }
 
-// word = high + low, two TF32 numbers: high is rounded; of low, the exact rest, the tensor core does
-// not look at the bits beyond the eleventh, 2^-23 of word at most. A NaN stays one in low.
+// word = high + low, two TF32 numbers: high is rounded; of low, the exact rest, the tensor core
+// does not look at the bits beyond the eleventh, 2^-23 of word at most. A NaN stays one in low.
 DEVICE void split(u32 word, u32 half_bit, u32& high, u32& low) {
   high = (word + half_bit) & 0xffffe000;
   low = device::bits_of(device::float_of(word) - device::float_of(high));
 }
 
-// Left operands that a thread keeps for all steps: fragments of ROWS tiles of rows for each tile along
-// K, the first ones in registers, the others in shared memory, [tile][row tile][thread].
+// Left operands that a thread keeps for all steps: fragments of ROWS tiles of rows for each tile
+// along K, the first ones in registers, the others in shared memory, [tile][row tile][thread].
 template <int REGISTER_TILES, int ROWS, int THREADS>
 struct Fragments {
   u32 registers[larger(REGISTER_TILES, 1)][ROWS][4];
@@ -46,15 +46,16 @@ struct Fragments {
 
 // sums += A B over the tiles `tile` and `tile` + 1 along K.
 //
-// sums: [sets of sums][tiles of 16 rows][tiles of 8 columns], each as multiply_add has it. Tiles along
-//   K take turns with the sets, so that products need not wait for each other; one set for TERMS = 3.
+// sums: [sets of sums][tiles of 16 rows][tiles of 8 columns], each as multiply_add has it. Tiles
+//   along K take turns with the sets, so that products need not wait for each other; there is one
+//   set for TERMS = 3.
 // b: B's words, as load_matrices has them: two for each of the two tiles.
 // half: half_bit of this step.
 // get(a, k, m): reads A's fragment of tile k along K and rows m.
 //
 // With TERMS = 3 each product of float32 words is three of TF32, the small ones first; what is left
-// out, low times low, is below float32's rounding. Tensor cores cut off what does not fit into a sum:
-// of a sum over two tiles that is little, and the long sums are rounded.
+// out, low times low, is below float32's rounding. Tensor cores cut off what does not fit into a
+// sum: of a sum over two tiles that is little, and the long sums are rounded.
 template <Type TYPE, int TERMS, int SUMS, int ROWS, int COLUMNS, class Get>
 DEVICE void multiply_add_pair(float (&sums)[SUMS][ROWS][COLUMNS][4], int tile,
                               const u32 (&b)[COLUMNS][4], u32 half, const Get& get) {
@@ -96,15 +97,16 @@ DEVICE void multiply_add_pair(float (&sums)[SUMS][ROWS][COLUMNS][4], int tile,
         get(a, tile + k, m);
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++)
-          device::multiply_add<TYPE>(sums[(tile + k) % SUMS][m][n], a, b[n][2 * k], b[n][2 * k + 1]);
+          device::multiply_add<TYPE>(sums[(tile + k) % SUMS][m][n], a, b[n][2 * k],
+                                     b[n][2 * k + 1]);
       }
   }
 }
 
 // sums = A B over all K_TILES tiles along K; see multiply_add_pair.
 //
-// operand: the address from which this lane loads its row of B's first matrices; `chunk_stride` bytes
-//   further are the next chunks along K, CHUNK_BYTES * 8 further the next tile of columns.
+// operand: the address from which this lane loads its row of B's first matrices; `chunk_stride`
+//   bytes further are the next chunks along K, CHUNK_BYTES * 8 further the next tile of columns.
 template <Type TYPE, int TERMS, int K_TILES, int SUMS, int ROWS, int COLUMNS, int REGISTER_TILES,
           int THREADS>
 DEVICE void multiply(float (&sums)[SUMS][ROWS][COLUMNS][4],

@@ -1,7 +1,8 @@
 // What the host passes to the kernels: plain C, the same bytes as the structures of launch.py.
 //
-// Dimensions: T time steps, B batch, H hidden units, N rows of a packed batch. "element" is the type
-// of the gates. Strides are counted in elements of their tensor. A tensor that is absent is null.
+// Dimensions: T time steps, B batch, H hidden units, N rows of a packed batch. "element" is the
+// type of the gates. Strides are counted in elements of their tensor. A tensor that is absent is
+// null.
 #pragma once
 
 // How many recurrences one launch may hold: directions, and layers at different times.

@@ -282,6 +282,16 @@ def test_gates_of_every_magnitude(executor: EmulatedExecutor):
         check(problem, results, config)
 
 
+def test_one_row_of_any_stride(executor: EmulatedExecutor):
+    """The addresses of steps that there are not must be aligned, too."""
+    config = CONFIGS[3]
+    problem = problem_of(Case(1, 1), config.HIDDEN, torch.bfloat16, 2)
+    wide = torch.zeros(1, 1, 4 * config.HIDDEN + 1, dtype=torch.bfloat16)
+    wide[..., :-1] = problem.gates
+    problem = problem._replace(gates=wide[..., :-1])
+    check(problem, compute(problem, config=config), config)
+
+
 def test_an_infinite_state_stays_with_its_row(executor: EmulatedExecutor):
     """Units that only fill a team up have weights of 0, and 0 times infinity is NaN."""
     config = CONFIGS[7]

@@ -142,8 +142,8 @@ __global__ void copies(const __grid_constant__ Arguments p) {
 }
 
 // ---- a ring of three blocks, two warps each: every thread adds one to its number and sends it to
-// the next block, six times. Who sends for the fourth time knows, around the ring, that the first has
-// been read, and not earlier: it takes three buffers.
+// the next block, six times. Who sends for the fourth time knows, around the ring, that the first
+// has been read, and not earlier: it takes three buffers.
 
 __global__ void cluster_ring(const __grid_constant__ Arguments p) {
   enum { NONE, TOO_FEW_BYTES, TOO_MANY_BYTES, TOO_MANY_ARRIVALS, NO_FENCE, NO_BARRIER_AT_START,
@@ -217,10 +217,11 @@ __global__ void global_accesses(const __grid_constant__ Arguments p) {
          LOAD_OF_OUTPUT, MISALIGNED_LOAD, MISALIGNED_STORE, COPY_BEYOND };
   const u32 i = thread_index();
   const u32* in = (const u32*)p.in;
-  if (p.fault == LOAD_BEYOND) get(p, 32 + i);
-  if (p.fault == LOAD_BEFORE) load_global32(in - 1 - i);
+  // Right beside a tensor there is nothing; a little further there may be another one.
+  if (p.fault == LOAD_BEYOND) get(p, 32);
+  if (p.fault == LOAD_BEFORE) load_global32(in - 1);
   if (p.fault == WIDE_LOAD_BEYOND) load_global128(in + 4 * (i % 9));
-  if (p.fault == STORE_BEYOND) put(p, 32 + i, 0);
+  if (p.fault == STORE_BEYOND) put(p, 32, i);
   if (p.fault == STORE_TO_INPUT) store_global32((u32*)p.in + i, 0);
   if (p.fault == LOAD_OF_OUTPUT) load_global32(p.out);
   if (p.fault == MISALIGNED_LOAD) load_global64(in + 1);
