@@ -32,6 +32,7 @@ __all__ = [
     "LSTMLayerFunction",
     "LayerOutput",
     "composed_layer",
+    "grouped",
     "native_layer",
     "within_lengths",
 ]
@@ -52,7 +53,7 @@ class DirectionWeights(NamedTuple):
     hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
-    hr: Tensor | None
+    hr: Tensor | None = None
 
 
 class DirectionNorms(NamedTuple):
@@ -331,7 +332,7 @@ class LSTMLayerFunction(torch.autograd.Function):
             x,
             h_0,
             c_0,
-            _grouped(weights),
+            grouped(weights),
             batch_sizes,
             batch_first,
             modifiers,
@@ -377,7 +378,7 @@ class LSTMLayerFunction(torch.autograd.Function):
             x,
             h_0,
             c_0,
-            _grouped(flat),
+            grouped(flat),
             batch_sizes,
             batch_first,
             modifiers,
@@ -398,11 +399,11 @@ class LSTMLayerFunction(torch.autograd.Function):
         )
 
 
-def _grouped(flat: Sequence[Tensor | None]) -> list[DirectionWeights]:
-    """Weights by direction, from one list."""
+def grouped(flat: Sequence[Tensor | None], each: int = 5) -> list[DirectionWeights]:
+    """Weights by recurrence, from one list with the first `each` fields of every one."""
     return [
-        DirectionWeights(*flat[k : k + 5])  # type: ignore[arg-type]
-        for k in range(0, len(flat), 5)
+        DirectionWeights(*flat[k : k + each])  # type: ignore[arg-type]
+        for k in range(0, len(flat), each)
     ]
 
 
@@ -437,7 +438,7 @@ def _differentiable(
     """
 
     def layer(x: Tensor, h_0: Tensor, c_0: Tensor, *flat: Tensor | None) -> Sequence[Tensor | None]:
-        out = _composed_like_native(x, h_0, c_0, _grouped(flat), *sequence)
+        out = _composed_like_native(x, h_0, c_0, grouped(flat), *sequence)
         # Of a cell there are only h_n and c_n.
         return out[1:3] if len(grads) == 2 else out[: len(grads)]
 

@@ -29,7 +29,7 @@ from fused_lstm.backends import (
     RecurrenceGradients,
 )
 from fused_lstm.devices import input_precision
-from fused_lstm.layer import DirectionWeights, composed_layer, within_lengths
+from fused_lstm.layer import DirectionWeights, composed_layer, grouped, within_lengths
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.ops import autocast_off
 from fused_lstm.recurrence import differentiable_gradients, readable, weight_hh_gradient
@@ -229,10 +229,14 @@ class Stack(NamedTuple):
         """A piece's recurrence among all."""
         return piece.layer * self.directions + piece.direction
 
+    @property
+    def dropout_scale(self) -> float:
+        """The factor of what dropout leaves."""
+        return 0.0 if self.dropout == 1 else 1 / (1 - self.dropout)
+
     def after_dropout(self, x: Tensor, layer: int, rows: slice, out: Tensor) -> None:
         """Write to `out` what dropout makes of some rows of a layer's output, or their gradient."""
-        scale = 0.0 if self.dropout == 1 else 1 / (1 - self.dropout)
-        torch.mul(x, self.kept[layer][rows], out=out).mul_(scale)
+        torch.mul(x, self.kept[layer][rows], out=out).mul_(self.dropout_scale)
 
 
 def kept_by_dropout(like: Tensor, features: int, p: float) -> Tensor:
@@ -828,7 +832,7 @@ def _with_tensors(
 ) -> tuple[Stack, list[DirectionWeights]]:
     """The stack and the weights that `LSTMStackFunction` was given as one list."""
     count = stack.layers * stack.directions
-    weights = _grouped(tensors[: _WEIGHTS * count])
+    weights = grouped(tensors[: _WEIGHTS * count], _WEIGHTS)
     batch_sizes, lengths, resets, *rest = tensors[_WEIGHTS * count :]
     masks, kept = rest[: 3 * count], rest[3 * count :]
     modifiers = [
@@ -839,14 +843,6 @@ def _with_tensors(
         stack._replace(batch_sizes=batch_sizes, modifiers=modifiers, kept=kept),  # type: ignore[arg-type]
         weights,
     )
-
-
-def _grouped(flat: Sequence[Tensor | None]) -> list[DirectionWeights]:
-    """Weights by recurrence, from one list."""
-    return [
-        DirectionWeights(*flat[k : k + _WEIGHTS], None)  # type: ignore[call-arg,arg-type]
-        for k in range(0, len(flat), _WEIGHTS)
-    ]
 
 
 def _differentiable(
@@ -860,7 +856,7 @@ def _differentiable(
     def composed(
         x: Tensor, h_0: Tensor, c_0: Tensor, *flat: Tensor | None
     ) -> Sequence[Tensor | None]:
-        weights = _grouped(flat)
+        weights = grouped(flat, _WEIGHTS)
         h_n, c_n = [], []
         for layer in range(stack.layers):
             own = stack.own(layer)
@@ -878,8 +874,7 @@ def _differentiable(
             h_n.append(h_last)
             c_n.append(c_last)
             if stack.kept and not last:
-                scale = 0.0 if stack.dropout == 1 else 1 / (1 - stack.dropout)
-                x = x * stack.kept[layer] * scale
+                x = x * stack.kept[layer] * stack.dropout_scale
         return [x, torch.cat(h_n), torch.cat(c_n), cells][: len(grads)]
 
     # Autocast has chosen the dtypes before the stack was called.
