@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -236,7 +236,10 @@ def lstm_forward_many(
             does not fit the tensor that it is to go to.
     """
     _check_alike([_kind(p, p.gates, p.h0) for p in problems])
-    prepared = [_prepare_forward(p, save_activations, save_cells, wide_states) for p in problems]
+    layout_of = functools.cache(_packed_layout)
+    prepared = [
+        _prepare_forward(p, save_activations, save_cells, wide_states, layout_of) for p in problems
+    ]
     if problems:
         flags = _flags(problems[0], save_activations, save_cells)
         dtype = problems[0].gates.dtype
@@ -350,7 +353,8 @@ def lstm_backward_many(
             not fit the tensor that they are to go to.
     """
     _check_alike([_kind(p, p.activations, p.c0) for p in problems])
-    prepared = [_prepare_backward(p, wide_states) for p in problems]
+    layout_of = functools.cache(_packed_layout)
+    prepared = [_prepare_backward(p, wide_states, layout_of) for p in problems]
     if problems:
         flags = _flags(problems[0], save_activations=True, save_cells=True)
         dtype = problems[0].activations.dtype
@@ -360,6 +364,9 @@ def lstm_backward_many(
 
 
 # ---- one recurrence: its tensors as the kernel takes them
+
+# `_packed_layout`, whose answers the recurrences of a launch share: directions have the same rows.
+_LayoutOf = Callable[[Tensor, int, torch.device], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -386,7 +393,11 @@ class _Prepared:
 
 
 def _prepare_forward(
-    problem: ForwardProblem, save_activations: bool, save_cells: bool, wide_states: bool
+    problem: ForwardProblem,
+    save_activations: bool,
+    save_cells: bool,
+    wide_states: bool,
+    layout_of: _LayoutOf,
 ) -> _Prepared:
     """Allocates the results of a recurrence, and describes it."""
     gates, weight_hh, h0, c0 = problem[:4]
@@ -418,11 +429,13 @@ def _prepare_forward(
     r.gates_stride_t, r.gates_stride_b = _row_strides(gates, packed)
     r.steps = len(problem.batch_sizes) if packed else gates.shape[0]
     r.reverse, r.wide_states = problem.reverse, wide_states
-    _describe_modifiers(prepared, problem, gates)
+    _describe_modifiers(prepared, problem, gates.device, layout_of)
     return prepared
 
 
-def _prepare_backward(problem: BackwardProblem, wide_states: bool) -> _Prepared:
+def _prepare_backward(
+    problem: BackwardProblem, wide_states: bool, layout_of: _LayoutOf
+) -> _Prepared:
     """Allocates the gradients of a recurrence, and describes it."""
     grad_h, grad_c, grad_h_n, grad_c_n, activations, c, weight_hh, c0 = problem[:8]
     packed = problem.batch_sizes is not None
@@ -458,7 +471,7 @@ def _prepare_backward(problem: BackwardProblem, wide_states: bool) -> _Prepared:
     prepared.point(r, "grad_c0", dc0)
     r.steps = len(problem.batch_sizes) if packed else activations.shape[0]
     r.reverse, r.wide_states = problem.reverse, wide_states
-    _describe_modifiers(prepared, problem, activations)
+    _describe_modifiers(prepared, problem, activations.device, layout_of)
     return prepared
 
 
@@ -488,14 +501,18 @@ def _room(
 
 
 def _describe_modifiers(
-    prepared: _Prepared, problem: ForwardProblem | BackwardProblem, rows: Tensor
+    prepared: _Prepared,
+    problem: ForwardProblem | BackwardProblem,
+    device: torch.device,
+    layout_of: _LayoutOf,
 ) -> None:
     """Adds what modifies the recurrence to its description."""
     modifiers = prepared.structure.modifiers
     packed = problem.batch_sizes is not None
     lengths = problem.lengths
     if packed:
-        step_rows, lengths = _packed_layout(problem.batch_sizes, len(prepared.results[-1]), rows)
+        batch = len(prepared.results[-1])
+        step_rows, lengths = layout_of(problem.batch_sizes, batch, device)
         prepared.point(modifiers, "step_rows", step_rows)
     prepared.point(modifiers, "lengths", None if lengths is None else lengths.contiguous())
     mask = problem.recurrent_mask
@@ -518,13 +535,13 @@ def _describe_modifiers(
     modifiers.cell_clip = 0.0 if problem.cell_clip is None else float(problem.cell_clip)
 
 
-def _packed_layout(batch_sizes: Tensor, batch: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each step's rows begin [T], and how many steps each row has [B], where the rows are.
+def _packed_layout(batch_sizes: Tensor, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each step's rows begin [T], and how many steps each row has [B], on a device.
 
     Args:
         batch_sizes: [T] int64 on the CPU, not increasing.
         batch: B.
-        rows: the packed rows.
+        device: where the rows are.
     """
     steps = len(batch_sizes)
     step_rows = batch_sizes.cumsum(0) - batch_sizes
@@ -532,8 +549,8 @@ def _packed_layout(batch_sizes: Tensor, batch: int, rows: Tensor) -> tuple[Tenso
     rising = batch_sizes.flip(0).contiguous()
     lengths = steps - torch.searchsorted(rising, torch.arange(batch), right=True)
     both = torch.cat([step_rows, lengths])
-    if rows.device.type == "cuda":
-        both = upload(both, rows.device)
+    if device.type == "cuda":
+        both = upload(both, device)
     return both[:steps], both[steps:]
 
 

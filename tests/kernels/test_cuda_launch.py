@@ -588,8 +588,25 @@ def test_a_remembered_refusal_keeps_nothing_alive(use):
 
 
 def test_what_a_packed_batch_needs_is_derived_from_its_sizes():
-    rows = torch.zeros(7, 1)
-    step_rows, lengths = launch._packed_layout(torch.tensor([3, 2, 2]), 3, rows)
+    sizes, cpu = torch.tensor([3, 2, 2]), torch.device("cpu")
+    step_rows, lengths = launch._packed_layout(sizes, 3, cpu)
     assert step_rows.tolist() == [0, 3, 5]
     assert lengths.tolist() == [3, 3, 1]
     assert step_rows.dtype == lengths.dtype == torch.int64
+
+
+def test_directions_of_a_packed_batch_share_what_is_derived_from_its_sizes(use, monkeypatch):
+    use(Recorder())
+    derived = []
+
+    def counted(*arguments):
+        derived.append(arguments)
+        return packed_layout(*arguments)
+
+    packed_layout = launch._packed_layout
+    monkeypatch.setattr(launch, "_packed_layout", counted)
+    sizes, H = torch.tensor([3, 2, 2]), 64
+    states = torch.zeros(3, H), torch.zeros(3, H)
+    problem = launch.ForwardProblem(torch.zeros(7, 4 * H), torch.zeros(4 * H, H), *states, sizes)
+    launch.lstm_forward_many([problem, problem._replace(reverse=True)])
+    assert len(derived) == 1
