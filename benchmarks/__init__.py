@@ -1,1 +1,1 @@
-"""Timing of fused_lstm.LSTM beside torch.nn.LSTM: `python -m benchmarks.compare`."""
+"""Timing of fused_lstm.LSTM beside torch.nn.LSTM: `pytest benchmarks`."""

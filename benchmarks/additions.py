@@ -2,35 +2,29 @@
 
 Today's way is what has to be written with PyTorch alone: a loop over single steps where states are
 reset or all cell states are wanted, packing where lengths differ. Where both compute the same, ours
-is first checked against it in float64, results and gradients; what is wrong is not timed. One
-record, additions.json, goes to a folder named after the device. The exit status is 0; 1 if a result
-was wrong.
+is first checked against it in float64, results and gradients; what is wrong is not timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_lstm
-from benchmarks import cases, records, timing
-from benchmarks.compare import device_argument, positive_number
+from benchmarks import records
+from benchmarks.records import Recorder
+from fused_lstm.bench import cases, timing
+
+__all__ = ["SIZES", "Addition", "AdditionsRecord", "list_additions", "measure"]
 
 # T, B, I, H: where matrix products take most of the time, and where they do not.
 SIZES = ((128, 64, 128, 128), (128, 8, 16, 64))
-MODES = cases.MODES
-DEFAULT_SECONDS = 3.0
 
 # Takes a layer, input, h_0 and c_0; returns the results that are compared and differentiated.
 Way = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -118,68 +112,58 @@ def list_additions(T: int, B: int, device: torch.device) -> list[Addition]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.additions", description=__doc__)
-    parser.add_argument(
-        "--device",
-        type=device_argument,
-        default=torch.device("cpu"),
-        help="cpu (default), cuda or cuda:N",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("benchmarks/results"),
-        help="folder of the records (default: benchmarks/results)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=positive_number,
-        default=DEFAULT_SECONDS,
-        help=f"time for each addition and mode (default: {DEFAULT_SECONDS:g})",
-    )
-    options = parser.parse_args(arguments)
-    return run(options.device, options.out, options.seconds)
-
-
-def run(device: torch.device, out: Path, seconds: float) -> int:
-    """Check and time all additions, write the record, print a table.
+class AdditionsRecord:
+    """The record of all additions of a run, additions.json in the device's folder.
 
     Args:
-        device: where to run.
-        out: folder of all devices' records.
-        seconds: time for each addition and mode.
-
-    Returns:
-        0, or 1 if a result was wrong.
+        recorder: of the run.
     """
-    environment = records.describe_environment(device)
-    measured = []
-    gemm = 0.0
-    for sizes in SIZES:
-        for addition in list_additions(*sizes[:2], device):
-            # Again each time, for the first may have met a busy machine.
-            gemm = max(gemm, timing.gemm_flops_per_second(torch.float32, device))
-            measured += [measure(addition, sizes, mode, device, seconds) for mode in MODES]
-    for result in measured:
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._path = recorder.folder / "additions.json"
+        self._measured: list[dict[str, Any]] = []
+        if recorder.can_resume(self._path):
+            self._measured = records.read_record(self._path)["additions"]
+
+    def resumed(self, name: str, sizes: tuple[int, ...], mode: str) -> dict[str, Any] | None:
+        """What an earlier run has of an addition, if this run resumes it."""
+        for result in self._measured:
+            if (result["addition"], *result["sizes"].values(), result["mode"]) == (
+                name,
+                *sizes,
+                mode,
+            ):
+                return result
+        return None
+
+    def add(self, result: dict[str, Any], gemm: float, seconds: float) -> None:
+        """Add what `measure` returned, and write the record.
+
+        `largest_ratio` joins it: what `ratio` would be if ours were nothing but the products of all
+        steps, at the rate of a large matrix product.
+
+        Args:
+            result: of one addition in one mode.
+            gemm: floating-point operations per second of a large matrix product.
+            seconds: for the samples of each addition and mode.
+        """
+        # With lengths there are fewer products.
         if "ratio" in result and result["addition"] != "lengths":
-            # With lengths there are fewer products.
             todays = result["seconds"]["todays"]["p50"]
             result["largest_ratio"] = todays * gemm / result["flops"]
-    records.write_json(
-        out / environment.slug / "additions.json",
-        {
-            "schema": records.SCHEMA,
-            "environment": asdict(environment),
-            "gemm_flops_per_second": gemm,
-            "dtype": "float32",
-            "seconds_per_mode": seconds,
-            "additions": measured,
-        },
-    )
-    _print_table(measured)
-    return int(any(result["status"] == "wrong" for result in measured))
+        self._measured.append(result)
+        records.write_json(
+            self._path,
+            {
+                "schema": records.SCHEMA,
+                "environment": asdict(self._recorder.environment),
+                "gemm_flops_per_second": gemm,
+                "dtype": "float32",
+                "seconds_per_mode": seconds,
+                "additions": self._measured,
+            },
+        )
 
 
 def measure(
@@ -188,13 +172,12 @@ def measure(
     mode: str,
     device: torch.device,
     seconds: float,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Time one addition, the same layer without it, and today's way, in turns.
 
     Returns:
-        What goes into the record: `ratio` is today's time over ours. `run` adds `largest_ratio`,
-        what it would be if ours were nothing but the products of all steps, at the rate of a large
-        matrix product.
+        What goes into the record, where `ratio` is today's time over ours; and the samples, in
+        seconds, by "ours", "plain" and "todays". There are none if ours is wrong.
     """
     T, B, inputs, hidden = sizes
     case = cases.Case(cases.Shape(T, B, inputs, hidden), "float32")
@@ -233,7 +216,7 @@ def measure(
             # Written so that NaN is wrong.
             if not worst <= 1:
                 result["status"] = "wrong"
-                return result
+                return result, {}
         calls = {
             name: lambda _, layer=layer, way=way: _call(layer, way, data.inputs)
             for name, (layer, way) in contenders.items()
@@ -245,7 +228,7 @@ def measure(
     result["over_plain"] = times["ours"].p50 / times["plain"].p50
     if "todays" in times:
         result["ratio"] = times["todays"].p50 / times["ours"].p50
-    return result
+    return result, {name: taken.seconds for name, taken in samples.items()}
 
 
 def _flat(results: Any) -> tuple[Tensor, ...]:
@@ -271,34 +254,10 @@ def _error_over_budget(contenders: dict[str, tuple[nn.Module, Way]], data: cases
     native = _call(todays, todays_way, data.inputs)
     exact = [t.detach() for t in _call(todays.double(), todays_way, data.to(torch.float64).inputs)]
     todays.float()
-    budgets = cases.error_budgets(cases.largest_errors(native, exact), exact, torch.float32)
+    budgets = cases.error_budgets(
+        cases.largest_errors(native, exact), exact, torch.finfo(torch.float32).eps
+    )
     errors = cases.largest_errors(actual, exact)
     ratios = [error / budget for error, budget in zip(errors, budgets, strict=True)]
     # The maximum of a list with NaN in it depends on the order.
     return math.inf if any(map(math.isnan, ratios)) else max(ratios)
-
-
-def _print_table(measured: list[dict[str, Any]]) -> None:
-    table = Table(title="float32; at most: if ours were its matrix products alone")
-    for column in ("T, B, I, H", "addition", "mode", "backend"):
-        table.add_column(column)
-    for column in ("ms", "× plain time", "× faster than today's way", "at most"):
-        table.add_column(column, justify="right")
-    for result in measured:
-        sizes = ", ".join(map(str, result["sizes"].values()))
-        row = (sizes, result["addition"], result["mode"], result["backend"])
-        if result["status"] == "wrong":
-            table.add_row(*row, "WRONG", "", "", "")
-            continue
-        table.add_row(
-            *row,
-            f"{1e3 * result['seconds']['ours']['p50']:.2f}",
-            f"{result['over_plain']:.2f}",
-            f"{result['todays_way']}  {result['ratio']:.1f}" if "ratio" in result else "",
-            f"{result['largest_ratio']:.1f}" if "largest_ratio" in result else "",
-        )
-    Console(width=150 if not sys.stdout.isatty() else None).print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

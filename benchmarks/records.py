@@ -1,9 +1,8 @@
-"""What is kept of a run: JSON records that say all that a number depends on, and a table."""
+"""What is kept of a run: JSON records that say all that a number depends on."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -11,36 +10,39 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from benchmarks import cases
-from benchmarks.cases import Case
-from benchmarks.timing import Percentiles
+from benchmarks import peers, shapes
+from fused_lstm.bench.cases import Case
+from fused_lstm.bench.comparison import Result
+from fused_lstm.bench.limits import Limits
+from fused_lstm.bench.timing import Percentiles
 
 __all__ = [
     "Environment",
     "Headline",
-    "Result",
+    "Recorder",
+    "Slope",
+    "allocator_is_tuned",
     "describe_environment",
     "list_headlines",
-    "print_table",
-    "write_case",
+    "list_slopes",
+    "read_record",
     "write_json",
 ]
 
 # Raised when a field changes its meaning.
-SCHEMA = 1
+SCHEMA = 2
 _REPOSITORY = Path(__file__).resolve().parents[1]
-# A log file has no width of its own; the table fits in this many characters.
-_LOG_WIDTH = 150
+TUNED_ALLOCATOR_SUFFIX = "-tuned-allocator"
 
 # With these in the environment, glibc takes blocks of up to 4 GiB from memory that the process has,
 # and keeps what is freed: the pages of a large tensor are not asked for and cleared at each call.
@@ -71,7 +73,7 @@ class Environment:
         triton: version; None if it is not installed.
         cuda: version torch was built for; None without.
         cudnn: version; None without.
-        fp32_precision: torch's settings, by their names below `torch.backends`.
+        peers: versions of the other packages that are there, by their names.
         commit: git commit of the benchmarked tree; None outside a git checkout.
         dirty: whether files differ from the commit, results aside.
         date: start of the run, UTC.
@@ -92,56 +94,10 @@ class Environment:
     triton: str | None
     cuda: str | None
     cudnn: int | None
-    fp32_precision: dict[str, str]
+    peers: dict[str, str]
     commit: str | None
     dirty: bool | None
     date: str
-
-
-@dataclass
-class Result:
-    """One provider in one mode.
-
-    Attributes:
-        provider: "torch", "fused_lstm", or "fused_lstm[backend]" for a backend asked for by name.
-        mode: "inference" or "training" (forward and backward pass).
-        launch: "eager", or "graph" for the replay of a CUDA graph.
-        status: "timed"; "wrong" (and not timed); "unavailable" (cannot run here); "failed".
-        detail: why it was not timed.
-        backend: what computes it, and `reason`: why that one.
-        errors: for each result, its largest absolute error against float64 and the budget of it.
-        error_over_budget: the largest ratio of the two; at most 1 is right.
-        seconds: percentiles of the time of a call; on a GPU the device's, by CUDA events.
-        host_seconds: percentiles of the time until the call returns to the program; None on a CPU.
-        repetitions: number of samples; the record's `calls_per_sample` says what one is a mean of.
-        ratio: median time of torch.nn.LSTM, launched likewise, over the median time of this; above
-            1 this is the faster.
-        ratio_of_pairs: median of the same ratio within each round.
-        flops: floating-point operations of the matrix products.
-        flops_per_second: by the median time.
-        fraction_of_gemm: of the rate of a large matrix product in the same dtype and run, the best
-            measured so far.
-        peak_memory_bytes: GPU memory of a training call beyond inputs and parameters.
-    """
-
-    provider: str
-    mode: str
-    launch: str
-    flops: int
-    status: str = "failed"
-    detail: str = ""
-    backend: str = ""
-    reason: str = ""
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    error_over_budget: float | None = None
-    seconds: Percentiles | None = None
-    host_seconds: Percentiles | None = None
-    repetitions: int = 0
-    ratio: float | None = None
-    ratio_of_pairs: float | None = None
-    flops_per_second: float | None = None
-    fraction_of_gemm: float | None = None
-    peak_memory_bytes: int | None = None
 
 
 def describe_environment(device: torch.device) -> Environment:
@@ -174,10 +130,7 @@ def describe_environment(device: torch.device) -> Environment:
         triton=_version_of("triton"),
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version(),
-        fp32_precision={
-            "cudnn.rnn": torch.backends.cudnn.rnn.fp32_precision,
-            "cuda.matmul": torch.backends.cuda.matmul.fp32_precision,
-        },
+        peers=peers.versions(),
         commit=_output_of("git", "rev-parse", "HEAD") or None,
         dirty=None if status is None else bool(status),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -259,43 +212,144 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_case(
-    folder: Path,
-    case: Case,
-    environment: Environment,
-    results: Iterable[Result],
-    *,
-    gemm_flops_per_second: float,
-    input_sets: int,
-    seconds_per_mode: float,
-) -> Path:
-    """Write the record of one case; a later run of the case overwrites it.
+class Recorder:
+    """Keeps what a run measures, and writes it as it comes: a run that is cut off loses nothing.
 
     Args:
-        folder: where the device's records are.
-        case: what was run.
-        environment: where and with what.
-        results: of every provider, mode and launch.
-        gemm_flops_per_second: the measured limit, in the case's dtype.
-        input_sets: sets of inputs that were rotated over.
-        seconds_per_mode: time given to each mode.
-
-    Returns:
-        The file's path.
+        folder: of all devices' records.
+        environment: where and with what the run is made.
+        budget: seconds for the run.
+        resume: whether what records of the same commit and versions hold is not measured again.
     """
-    path = folder / f"{case.name}.json"
-    content = {
-        "schema": SCHEMA,
-        "case": {"name": case.name, "dtype": case.dtype_name, **asdict(case.shape)},
-        "environment": asdict(environment),
-        "gemm_flops_per_second": gemm_flops_per_second,
-        "input_sets": input_sets,
-        "calls_per_sample": case.calls_per_sample,
-        "seconds_per_mode": seconds_per_mode,
-        "results": [asdict(result) for result in results],
-    }
-    write_json(path, content)
-    return path
+
+    def __init__(
+        self, folder: Path, environment: Environment, *, budget: float, resume: bool
+    ) -> None:
+        self.folder = folder / environment.slug
+        self.environment, self.budget, self.resume = environment, budget, resume
+        self.done: dict[str, tuple[Case, list[Result]]] = {}
+        self.not_run: dict[str, str] = {}
+        self.failed: list[str] = []
+        self._start = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def path_of(self, case: Case) -> Path:
+        suffix = TUNED_ALLOCATOR_SUFFIX if allocator_is_tuned() else ""
+        return self.folder / f"{case.name}{suffix}.json"
+
+    def can_resume(self, path: Path) -> bool:
+        """Whether a record holds what this run would measure again, and need not."""
+        if not self.resume or not path.exists():
+            return False
+        record = read_record(path)
+        same = ("commit", "dirty", "torch", "triton", "device", "driver", "threads", "peers")
+        theirs, ours = record["environment"], asdict(self.environment)
+        return record["schema"] == SCHEMA and all(theirs[name] == ours[name] for name in same)
+
+    def resumed(self, case: Case, mode: str) -> list[Result] | None:
+        """What an earlier run has of a case, if this run resumes it."""
+        path = self.path_of(case)
+        if not self.can_resume(path):
+            return None
+        record = read_record(path)
+        results = [_result_of(result) for result in record["results"] if result["mode"] == mode]
+        if results:
+            self._keep(case, results)
+        return results or None
+
+    def _keep(self, case: Case, results: Sequence[Result]) -> None:
+        _, of_case = self.done.setdefault(case.name, (case, []))
+        of_case.extend(results)
+
+    def add(
+        self,
+        case: Case,
+        groups: Sequence[str],
+        limits: Limits,
+        sets: int,
+        seconds: float,
+        results: Sequence[Result],
+    ) -> None:
+        """Add a case's results in one mode, and write the case's record.
+
+        Args:
+            case: what was run.
+            groups: those that it belongs to.
+            limits: of the device, in the case's dtype.
+            sets: of inputs that were rotated over.
+            seconds: time given to each mode.
+            results: of every provider and launch.
+        """
+        self._keep(case, results)
+        content = {
+            "schema": SCHEMA,
+            "case": {"name": case.name, "dtype": case.dtype_name, **asdict(case.shape)},
+            "groups": list(groups),
+            "environment": asdict(self.environment),
+            "limits": asdict(limits),
+            "input_sets": sets,
+            "calls_per_sample": case.calls_per_sample,
+            "seconds_per_mode": seconds,
+            "results": [asdict(result) for result in self.done[case.name][1]],
+        }
+        write_json(self.path_of(case), content)
+
+    def write_run(self, limits: dict[str, Any]) -> tuple[list[Headline], list[Slope]]:
+        """Write the record of the run, and return its summary."""
+        done = list(self.done.values())
+        headlines = list_headlines(done)
+        slopes = list_slopes(done, self.environment.device_type)
+        suffix = TUNED_ALLOCATOR_SUFFIX if allocator_is_tuned() else ""
+        write_json(
+            self.folder / f"run{suffix}.json",
+            {
+                "schema": SCHEMA,
+                "environment": asdict(self.environment),
+                "limits": limits,
+                "budget_seconds": self.budget,
+                "elapsed_seconds": self.elapsed,
+                "headlines": [asdict(headline) for headline in headlines],
+                "slopes": [asdict(slope) for slope in slopes],
+                "cases": [case.name for case, _ in done],
+                "not_run": self.not_run,
+                "wrong": self.describe("wrong"),
+                "failed": [*self.failed, *self.describe("failed")],
+            },
+        )
+        return headlines, slopes
+
+    def describe(self, status: str) -> list[str]:
+        """Describe the results of one status."""
+        return [
+            f"{case.name} {result.provider} {result.mode} {result.launch}: {result.detail}"
+            for case, results in self.done.values()
+            for result in results
+            if result.status == status
+        ]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        ValueError: if it is not one, naming the file.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON record ({error})") from None
+    return content
+
+
+def _result_of(content: dict[str, Any]) -> Result:
+    result = Result(**content)
+    for name in ("seconds", "host_seconds"):
+        if content[name] is not None:
+            setattr(result, name, Percentiles(**content[name]))
+    return result
 
 
 @dataclass(frozen=True)
@@ -306,7 +360,7 @@ class Headline:
         provider: not "torch".
         mode: "inference" or "training".
         geometric_mean_of_ratio: over `shapes`, in float32.
-        shapes: names of those of `cases.HEADLINE_SHAPES` that were timed.
+        shapes: names of those of `shapes.HEADLINE` that were timed.
     """
 
     provider: str
@@ -315,11 +369,11 @@ class Headline:
     shapes: tuple[str, ...]
 
 
-def list_headlines(results: Sequence[tuple[Case, list[Result]]]) -> list[Headline]:
-    """Summarise what was timed of `cases.HEADLINE_SHAPES` in float32."""
+def list_headlines(results: Sequence[tuple[Case, Sequence[Result]]]) -> list[Headline]:
+    """Summarise what was timed of `shapes.HEADLINE` in float32, eagerly."""
     ratios: dict[tuple[str, str], dict[str, float]] = {}
     for case, of_case in results:
-        if case.shape not in cases.HEADLINE_SHAPES or case.dtype_name != "float32":
+        if case.shape not in shapes.HEADLINE or case.dtype_name != "float32":
             continue
         for result in of_case:
             if result.provider != "torch" and result.launch == "eager" and result.ratio is not None:
@@ -331,82 +385,45 @@ def list_headlines(results: Sequence[tuple[Case, list[Result]]]) -> list[Headlin
     ]
 
 
-_COLUMNS = (
-    "case",
-    "mode",
-    "launch",
-    "layer",
-    "torch ms",
-    "ours ms",
-    "ratio",
-    "(pairs)",
-    "of GEMM",
-    "error",
-)
+@dataclass(frozen=True)
+class Slope:
+    """How time grows along a sweep: k of time ~ size^k, by least squares of logarithms.
+
+    Attributes:
+        group: the sweep.
+        provider: as in `Result`, and so `mode` and `launch`.
+        dtype: of the cases.
+        slope: k, over the upper half of the points: where the sweep is large.
+        points: how many of them.
+    """
+
+    group: str
+    provider: str
+    mode: str
+    launch: str
+    dtype: str
+    slope: float
+    points: int
 
 
-def print_table(results: Sequence[tuple[Case, list[Result]]]) -> None:
-    """Print our layers' times beside those of `torch.nn.LSTM`, with rich if it is installed."""
-    rows = [row for case, of_case in results for row in _rows(case, of_case)]
-    if importlib.util.find_spec("rich") is None:
-        widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-        for row in (_COLUMNS, *rows):
-            print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, name in enumerate(_COLUMNS):
-        # What cannot be timed says why in the layer's column, on as many lines as that takes.
-        justify: Literal["left", "right"] = "left" if number < 4 else "right"
-        table.add_column(name, justify=justify, no_wrap=number != 3)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
-
-
-def _rows(case: Case, results: Sequence[Result]) -> list[tuple[str, ...]]:
-    torch_seconds = {
-        (result.mode, result.launch): result.seconds
-        for result in results
-        if result.provider == "torch"
-    }
-    rows = []
-    for result in results:
-        if result.provider == "torch" and result.status == "timed":
-            continue
-        layer = result.provider
-        if result.backend not in ("", result.provider) and f"[{result.backend}]" not in layer:
-            layer += f" ({result.backend})"
-        error = "" if result.error_over_budget is None else f"{result.error_over_budget:.2f}"
-        beginning = (case.name, result.mode, result.launch)
-        theirs = torch_seconds.get((result.mode, result.launch))
-        if result.seconds is None:
-            rows.append((*beginning, f"{layer} {_reason_in_short(result)}", *[""] * 5, error))
-            continue
-        rows.append(
-            (
-                *beginning,
-                layer,
-                "" if theirs is None else _milliseconds(theirs),
-                _milliseconds(result.seconds),
-                "" if result.ratio is None else f"{result.ratio:.2f}",
-                "" if result.ratio_of_pairs is None else f"{result.ratio_of_pairs:.2f}",
-                f"{result.fraction_of_gemm:.1%}",
-                error,
+def list_slopes(results: Sequence[tuple[Case, Sequence[Result]]], device_type: str) -> list[Slope]:
+    """Fit a slope to each sweep that has at least three points of a provider."""
+    slopes = []
+    for group, size_of in shapes.SWEEPS.items():
+        lines: dict[tuple[str, str, str, str], dict[int, float]] = {}
+        for case, of_case in results:
+            if group not in shapes.groups_of(case, device_type):
+                continue
+            for result in of_case:
+                if result.seconds is not None:
+                    key = (result.provider, result.mode, result.launch, case.dtype_name)
+                    lines.setdefault(key, {})[size_of(case.shape)] = result.seconds.p50
+        for (provider, mode, launch, dtype), times in lines.items():
+            upper = sorted(times)[-max(3, -(-len(times) // 2)) :]
+            if len(upper) < 3:
+                continue
+            fit = statistics.linear_regression(
+                [math.log(size) for size in upper], [math.log(times[size]) for size in upper]
             )
-        )
-    return rows
-
-
-def _milliseconds(times: Percentiles) -> str:
-    milliseconds = times.p50 * 1e3
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:#.3g}"
-
-
-def _reason_in_short(result: Result) -> str:
-    detail = result.detail.strip().partition("\n")[0]
-    return f"{result.status.upper()}: {detail if len(detail) < 100 else detail[:97] + '...'}"
+            slopes.append(Slope(group, provider, mode, launch, dtype, fit.slope, len(upper)))
+    return slopes

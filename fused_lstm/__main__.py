@@ -1,4 +1,4 @@
-"""`python -m fused_lstm info | check | demo`: what runs here, whether it is right, and a demo."""
+"""`python -m fused_lstm info | check | bench | demo`: what runs here, is it right, is it fast."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from fused_lstm.bench.arguments import positive_count, positive_number
 
 __all__ = ["main"]
 
@@ -17,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as in `sys.argv[1:]`, the default.
 
     Returns:
-        The exit status: 0, or 1 if `check` or `demo` found a difference from `torch.nn.LSTM`.
+        The exit status: 0, or 1 if `check`, `bench` or `demo` found a difference from
+        `torch.nn.LSTM`.
     """
     options = _parser().parse_args(arguments)
     status: int = options.run(options)
@@ -38,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--device", help="a torch device (default: cuda if there is one, else cpu)")
     check.set_defaults(run=_check)
 
+    bench = commands.add_parser(
+        "bench", help="time a layer of your sizes beside torch.nn.LSTM, here"
+    )
+    _add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
+
     demo = commands.add_parser(
         "demo", help="train a language model with torch.nn.LSTM and with fused_lstm.LSTM"
     )
@@ -47,6 +56,46 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, help="seed of everything random")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes of a layer and of its input, and how to time it."""
+    sizes = {"input": 64, "hidden": 256, "batch": 32, "steps": 100, "layers": 1}
+    meanings = ("input features", "hidden units", "sequences", "time steps", "layers")
+    for (name, default), meaning in zip(sizes.items(), meanings, strict=True):
+        parser.add_argument(
+            f"--{name}",
+            type=positive_count,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: {default})",
+        )
+    parser.add_argument(
+        "--proj", type=positive_count, default=0, metavar="N", help="features of a projection"
+    )
+    for name, meaning in (
+        ("bidirectional", "both directions"),
+        ("batch-first", "input of batch, time, features"),
+        ("packed", "a PackedSequence, of lengths between a quarter of the steps and all"),
+        ("cell", "LSTMCell: one step a call"),
+        ("compile", "torch.compile's version of torch.nn's layer, too"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("bfloat16", "float16", "float32", "tf32", "float64"),
+        help="float32 multiplies in IEEE arithmetic, tf32 may use TF32 (default: float32)",
+    )
+    parser.add_argument("--mode", choices=("inference", "training"), help="default: both")
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", help="may be repeated (default: the choice)"
+    )
+    parser.add_argument("--device", help="a torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--seconds", type=positive_number, default=2.0, help="for each mode (default: 2)"
+    )
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -75,6 +124,18 @@ def _check(options: argparse.Namespace) -> int:
     from fused_lstm.check import run
 
     return 0 if run(options.device) else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fused_lstm import bench
+
+    chosen = vars(options)
+    del chosen["run"]
+    try:
+        return 0 if bench.run(**chosen) else 1
+    except ValueError as error:
+        print(f"python -m fused_lstm bench: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _demo(options: argparse.Namespace) -> int:

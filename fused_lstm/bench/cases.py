@@ -6,21 +6,18 @@ projection (`H` without one), `L` layers, `D` directions, `N` rows of all sequen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-import fused_lstm
-
 MODES = ("inference", "training")
-TUNED_ALLOCATOR_SUFFIX = "-tuned-allocator"
-DTYPES = ("bfloat16", "float16", "float32", "float64")
-DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float16", "float32")}
+# "float32" has IEEE products on every device; "tf32" is float32 whose products may be TF32's.
+DTYPES = ("bfloat16", "float16", "float32", "tf32", "float64")
 
 # A call of a cell is too short to be timed by itself: a block runs as in a stream, on warm caches.
 CALLS_PER_SAMPLE_OF_CELL = 20
@@ -29,6 +26,8 @@ CALLS_PER_SAMPLE_OF_CELL = 20
 OUTPUTS = ("output", "h_n", "c_n")
 CELL_OUTPUTS = ("h_1", "c_1")
 INPUTS = ("input", "h_0", "c_0")
+
+Layer = nn.LSTM | nn.LSTMCell
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ class Shape:
 
     @property
     def directions(self) -> int:
+        """D: 1 or 2."""
         return 2 if self.bidirectional else 1
 
     @property
@@ -92,33 +92,52 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """A shape in a dtype; its name is that of its record.
-
-    Attributes:
-        tuned_allocator: it runs in a process whose allocator keeps large blocks, training alone.
-    """
+    """A shape in a dtype, one of `DTYPES`."""
 
     shape: Shape
     dtype_name: str
-    tuned_allocator: bool = False
 
     @property
     def name(self) -> str:
-        suffix = TUNED_ALLOCATOR_SUFFIX if self.tuned_allocator else ""
-        return f"{self.shape.name}-{self.dtype_name}{suffix}"
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return ("training",) if self.tuned_allocator else MODES
+        """The shape's name, then the dtype's."""
+        return f"{self.shape.name}-{self.dtype_name}"
 
     @property
     def calls_per_sample(self) -> int:
+        """How many calls are timed together."""
         return CALLS_PER_SAMPLE_OF_CELL if self.shape.cell else 1
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        """Of the tensors."""
+        dtype: torch.dtype = getattr(
+            torch, "float32" if self.dtype_name == "tf32" else self.dtype_name
+        )
         return dtype
+
+    @property
+    def eps(self) -> float:
+        """Spacing of the numbers that products are made of, relative to 1."""
+        # TF32 has ten bits behind the point.
+        return 2.0**-10 if self.dtype_name == "tf32" else torch.finfo(self.dtype).eps
+
+    def build(
+        self,
+        lstm: Callable[..., Layer],
+        cell: Callable[..., Layer],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> Layer:
+        """Build the layer, in the case's dtype or another.
+
+        Args:
+            lstm: takes the arguments of `torch.nn.LSTM`, by keyword.
+            cell: takes the arguments of `torch.nn.LSTMCell`, by keyword.
+            device: of the parameters.
+            dtype: of the parameters.
+        """
+        kind = cell if self.shape.cell else lstm
+        return kind(**self.arguments(), device=device, dtype=dtype or self.dtype)
 
     def flops(self, mode: str) -> int:
         """Floating-point operations of the matrix products; the pointwise part is left out.
@@ -148,137 +167,6 @@ class Case:
         }
 
 
-# What the summary of a run on a CPU is over, in float32.
-HEADLINE_SHAPES = (
-    Shape(1000, 1, 16, 32),
-    Shape(100, 1, 64, 64),
-    Shape(200, 8, 32, 32),
-    Shape(100, 16, 64, 64),
-    Shape(50, 128, 16, 64),
-    Shape(20, 256, 64, 64),
-    Shape(100, 64, 64, 128),
-    Shape(100, 64, 128, 256),
-    Shape(100, 1, 512, 512),
-    Shape(100, 32, 512, 512),
-    Shape(50, 64, 1024, 1024),
-)
-
-CPU_SHAPES = (
-    *HEADLINE_SHAPES,
-    Shape(1, 1, 64, 64),  # streaming: one step of one sequence a call
-    Shape(1, 16, 64, 256),
-    Shape(100, 32, 64, 128, num_layers=2, bidirectional=True, batch_first=True),
-    Shape(100, 16, 64, 64, proj_size=32),
-    Shape(100, 64, 128, 256, proj_size=128),
-    Shape(100, 16, 64, 64, packed=True),
-    Shape(100, 64, 128, 256, packed=True),
-    Shape(1, 1, 64, 64, cell=True),
-    Shape(1, 16, 64, 256, cell=True),
-    Shape(1, 1, 512, 512, cell=True),
-)
-
-CPU_CASES = (
-    *(Case(shape, "float32") for shape in CPU_SHAPES),
-    Case(Shape(100, 16, 64, 64), "float64"),
-    Case(Shape(100, 64, 128, 256), "float64"),
-    Case(Shape(100, 16, 64, 64), "bfloat16"),
-    Case(Shape(100, 64, 128, 256), "bfloat16"),
-    Case(Shape(100, 1, 512, 512), "bfloat16"),
-    Case(Shape(100, 32, 512, 512), "bfloat16"),
-)
-
-# In groups: every dtype of a group runs before the next group, for a budget ends the run anywhere.
-GPU_SHAPES = (
-    (
-        Shape(512, 64, 256, 256),
-        Shape(512, 64, 512, 512),
-        Shape(512, 16, 64, 64),
-        Shape(512, 64, 128, 128),
-        Shape(1024, 16, 768, 768),
-    ),
-    (
-        Shape(128, 1, 64, 64),
-        Shape(512, 16, 1024, 1024),
-        Shape(512, 256, 256, 256),
-        Shape(1024, 1, 256, 256),
-        Shape(128, 64, 256, 256, num_layers=2, bidirectional=True, batch_first=True),
-    ),
-    (
-        Shape(128, 64, 512, 512),
-        Shape(128, 16, 128, 128),
-        Shape(512, 1, 512, 512),
-        Shape(1024, 64, 64, 64),
-        Shape(512, 256, 512, 512),
-    ),
-    (
-        Shape(128, 256, 64, 64),
-        Shape(1024, 16, 256, 256),
-        Shape(1024, 1, 1024, 1024),
-        Shape(128, 256, 1024, 1024),
-        Shape(1024, 64, 1024, 1024),
-        Shape(1024, 256, 768, 768),
-    ),
-)
-
-
-def list_cases(
-    device_type: str, dtypes: Iterable[str] = (), shapes: Iterable[Shape] = ()
-) -> list[Case]:
-    """List the cases in the order in which they run, the most informative first.
-
-    Args:
-        device_type: "cpu" or "cuda".
-        dtypes: names of dtypes instead of the device's default ones; on a CPU every shape then
-            runs in each of them.
-        shapes: shapes instead of the device's default ones.
-    """
-    dtypes, shapes = tuple(dtypes), tuple(shapes)
-    if device_type == "cpu" and not dtypes and not shapes:
-        return list(CPU_CASES)
-    default = GPU_SHAPES if device_type == "cuda" else (CPU_SHAPES,)
-    groups = (shapes,) if shapes else default
-    names = dtypes or DEFAULT_DTYPES[device_type]
-    return [Case(shape, name) for group in groups for shape, name in product(group, names)]
-
-
-Layer = nn.LSTM | nn.LSTMCell
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A maker of layers.
-
-    Attributes:
-        name: what it is called in records and tables.
-        lstm: takes the arguments of `torch.nn.LSTM`, by keyword.
-        cell: takes the arguments of `torch.nn.LSTMCell`, by keyword.
-    """
-
-    name: str
-    lstm: Callable[..., nn.LSTM]
-    cell: Callable[..., nn.LSTMCell]
-
-    def build(self, case: Case, device: torch.device, dtype: torch.dtype) -> Layer:
-        """Build a case's layer, in the case's dtype or another."""
-        build = self.cell if case.shape.cell else self.lstm
-        return build(**case.arguments(), device=device, dtype=dtype)
-
-
-TORCH = Provider("torch", nn.LSTM, nn.LSTMCell)
-
-
-def list_providers(backends: Sequence[str]) -> list[Provider]:
-    """List `torch.nn`'s layers, then `fused_lstm`'s by each backend ("default" for its choice)."""
-    providers = [TORCH]
-    for backend in backends:
-        name, options = "fused_lstm", {}
-        if backend != "default":
-            name, options = f"fused_lstm[{backend}]", {"backend": backend}
-        lstm, cell = (partial(kind, **options) for kind in (fused_lstm.LSTM, fused_lstm.LSTMCell))
-        providers.append(Provider(name, lstm, cell))
-    return providers
-
-
 @dataclass(frozen=True)
 class Data:
     """One set of inputs of a call and of gradients of its results.
@@ -303,6 +191,7 @@ class Data:
         return PackedSequence(self.inputs[0], self.batch_sizes)
 
     def to(self, dtype: torch.dtype) -> Data:
+        """Copy it in another dtype."""
         x, h_0, c_0 = (t.detach().to(dtype).requires_grad_() for t in self.inputs)
         gradients = tuple(t.to(dtype) for t in self.gradients)
         return replace(self, inputs=(x, h_0, c_0), gradients=gradients)
@@ -335,24 +224,36 @@ def make_parameters(case: Case, device: torch.device, seed: int = 0) -> dict[str
     """Draw the parameters, in the case's dtype, as `torch.nn.LSTM` initialises them."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return TORCH.build(case, device, case.dtype).state_dict()
+        return case.build(nn.LSTM, nn.LSTMCell, device).state_dict()
 
 
-def make_layer(
-    provider: Provider,
-    case: Case,
-    parameters: dict[str, Tensor],
-    device: torch.device,
-    mode: str,
-    dtype: torch.dtype | None = None,
+def torch_layer(
+    case: Case, parameters: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Layer:
-    """Build a provider's layer with the given parameters, in the case's dtype or another."""
-    layer = provider.build(case, device, dtype or case.dtype)
+    """Build `torch.nn`'s layer with the given parameters."""
+    layer = case.build(nn.LSTM, nn.LSTMCell, device, dtype)
     layer.load_state_dict(parameters)
-    return layer.train(mode == "training")
+    return layer
 
 
-def run_layer(layer: Layer, data: Data) -> tuple[Tensor, ...]:
+@contextlib.contextmanager
+def products_of(case: Case) -> Iterator[None]:
+    """Have the GPU multiply float32 as the case says: in IEEE arithmetic, or in TF32."""
+    if case.dtype != torch.float32:
+        yield
+        return
+    settings: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    before = [each.fp32_precision for each in settings]
+    try:
+        for each in settings:
+            each.fp32_precision = "tf32" if case.dtype_name == "tf32" else "ieee"
+        yield
+    finally:
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision
+
+
+def run_layer(layer: nn.Module, data: Data) -> tuple[Tensor, ...]:
     """Call a layer; with gradients enabled, run the backward pass too. This is what is timed.
 
     Returns:
@@ -361,7 +262,7 @@ def run_layer(layer: Layer, data: Data) -> tuple[Tensor, ...]:
     """
     _, h_0, c_0 = data.inputs
     results: tuple[Tensor, ...]
-    if isinstance(layer, nn.LSTMCell):
+    if len(data.gradients) == len(CELL_OUTPUTS):
         results = layer(data.input, (h_0, c_0))
     else:
         output, states = layer(data.input, (h_0, c_0))
@@ -373,11 +274,10 @@ def run_layer(layer: Layer, data: Data) -> tuple[Tensor, ...]:
     return (*results, *torch.autograd.grad(results, variables, data.gradients))
 
 
-def result_names(layer: Layer, mode: str) -> list[str]:
-    """Name what `run_layer` returns."""
-    names = list(CELL_OUTPUTS if isinstance(layer, nn.LSTMCell) else OUTPUTS)
+def result_names(case: Case, mode: str, parameters: Iterable[str]) -> list[str]:
+    """Name what `run_layer` returns of a layer with these parameters."""
+    names = list(CELL_OUTPUTS if case.shape.cell else OUTPUTS)
     if mode == "training":
-        parameters = [name for name, _ in layer.named_parameters()]
         names += [f"gradient of {name}" for name in (*INPUTS, *parameters)]
     return names
 
@@ -392,18 +292,17 @@ def largest_errors(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> list[fl
 
 
 def error_budgets(
-    native_errors: Sequence[float], exact: Sequence[Tensor], dtype: torch.dtype
+    native_errors: Sequence[float], exact: Sequence[Tensor], eps: float
 ) -> list[float]:
     """How far each result may be from float64.
 
     Twice as far as `torch.nn.LSTM` in the same dtype, and one rounding of the result's scale.
 
     Args:
-        native_errors: what `largest_errors` says of `torch.nn.LSTM` in `dtype`.
+        native_errors: what `largest_errors` says of `torch.nn.LSTM` in the same dtype.
         exact: the results in float64.
-        dtype: the dtype computed in.
+        eps: of that dtype, as `Case.eps`.
     """
-    eps = torch.finfo(dtype).eps
     return [
         2 * error + eps * float(e.abs().max())
         for error, e in zip(native_errors, exact, strict=True)

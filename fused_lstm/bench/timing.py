@@ -19,13 +19,12 @@ Call = Callable[[int], Any]
 MIN_REPETITIONS = 5
 MAX_REPETITIONS = 1000
 # Calls of each contender before time is taken, besides the one that was checked.
-WARM_UP = 2
+WARM_UP = 1
 # Inputs are rotated over this many sets at most.
 MAX_SETS = 4
 
 # GPU cycles of waiting, some 50 µs, in which the host can put a graph into the queue.
 _HEAD_START_CYCLES = 100_000
-_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass
@@ -77,10 +76,13 @@ def take_sample(
         into.seconds.append((time.perf_counter() - start) / calls)
         del result  # The last is freed outside of the timed region.
         return
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     torch.cuda.synchronize(device)
     if queued:
-        torch.cuda._sleep(_HEAD_START_CYCLES)
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
     begin.record()
     start = time.perf_counter()
     for _ in range(calls):
@@ -101,6 +103,7 @@ def time_in_turns(
     sets: int = 1,
     calls_per_sample: int = 1,
     queued: Callable[[Key], bool] = lambda key: False,
+    settles: Callable[[Key], bool] = lambda key: False,
 ) -> dict[Key, Samples]:
     """Time several contenders in turns (A B, B A, A B, ...), so that drift meets all alike.
 
@@ -111,6 +114,8 @@ def time_in_turns(
         sets: number of sets of inputs to rotate over.
         calls_per_sample: calls in a contender's turn; a sample is their mean.
         queued: for each contender, as for `take_sample`.
+        settles: for each contender, whether its turn begins with a call that is not timed: for one
+            with threads of its own, while those of the contender before still wait for work.
     """
     samples = {key: Samples() for key in calls}
     for index in range(WARM_UP):
@@ -125,7 +130,9 @@ def time_in_turns(
         while turn < MIN_REPETITIONS or (
             turn < MAX_REPETITIONS and time.perf_counter() - start < seconds
         ):
-            for key in calls if turn % 2 == 0 else reversed(calls):
+            for key in calls if turn % 2 == 0 else reversed(list(calls)):
+                if settles(key):
+                    calls[key](turn % sets)
                 take_sample(
                     calls[key], turn % sets, device, queued(key), samples[key], calls_per_sample
                 )
@@ -155,7 +162,7 @@ def capture(call: Call, sets: int) -> Call:
     The capture follows torch's recipe: a first run on a side stream, then the capture. The graphs
     share their memory, but for the results, which stay where they are from replay to replay.
     """
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call(0)
@@ -187,23 +194,3 @@ def peak_memory(call: Call, device: torch.device) -> int:
     call(0)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def gemm_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure a large square matrix product, the limit of all layers: the best of several runs.
-
-    In float32 on a GPU the product may use TF32, as cuDNN's recurrent layers do.
-    """
-    size = _GEMM_SIZE[device.type]
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    before = torch.backends.cuda.matmul.fp32_precision
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        with torch.no_grad():
-            calls = {"gemm": lambda index: torch.mm(left, right, out=out)}
-            times = time_in_turns(calls, device, 0.05)["gemm"].seconds
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    return 2 * size**3 / min(times)
