@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -13,3 +14,15 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers are the parallelism.
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, `-m gpu` selects the tests that run there or elsewhere, too."""
+    if not torch.cuda.is_available():
+        return
+    for item in items:
+        # A parameter of this name is a text about some device.
+        parameters = item.callspec.params if hasattr(item, "callspec") else ()
+        if "device" in getattr(item, "fixturenames", ()) and "device" not in parameters:
+            item.add_marker(pytest.mark.gpu)

@@ -1,4 +1,7 @@
-"""Kernel tests run on a GPU where there is one, else in Triton's interpreter on the CPU."""
+"""Kernel tests run on a GPU where there is one, else in Triton's interpreter on the CPU.
+
+On a GPU, tests that use the fixture `device` carry the marker `gpu` (tests/conftest.py).
+"""
 
 import pytest
 import torch
