@@ -1,4 +1,4 @@
-# make demo · test · lint · bench work on a machine with Python and make: each builds .venv first.
+# make demo · test · lint · bench · report work on a machine with Python and make: each builds .venv first.
 # make gpu uses the Python at hand (its torch and triton must see the GPU) and needs no network.
 
 PYTHON ?= python3
@@ -12,24 +12,20 @@ NATIVE_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 WORKERS ?= 2
 # The GPU suite's, which share one GPU.
 GPU_WORKERS ?= 4
-# Watches the GPU's memory and synchronization; part of the CUDA toolkit.
-SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2> /dev/null) \
-	$(wildcard /usr/local/cuda/bin/compute-sanitizer))
-# Our own CUDA kernels, of the tests that are small enough. A kernel has two mbarriers.
-SANITIZE = $(SANITIZER) --error-exitcode 1 --num-cuda-barriers 2 \
-	--kernel-name kernel_substring=lstm_
-SANITIZED = $(PYTHON) -m pytest tests/kernels/test_cuda_gpu.py -k small -p no:cacheprovider --timeout 1800
 # Where the demo draws, and where timings are recorded.
 OUT ?= out
 RESULTS ?= benchmarks/results
+# For all cases; what does not fit is said.
+BENCH_SECONDS ?= 660
 
-.PHONY: help venv demo test lint format bench gpu clean
+.PHONY: help venv demo test lint format bench report gpu clean
 
 help:
 	@echo "make demo    train a language model with torch.nn.LSTM and with fused_lstm.LSTM, side by side"
 	@echo "make test    the whole test suite (no GPU needed)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   time fused_lstm against torch.nn.LSTM on this machine"
+	@echo "make bench   time fused_lstm, torch.nn.LSTM and others on this machine's CPU"
+	@echo "make report  the README's figures and the pictures, from the records"
 	@echo "make gpu     test suite, sanitizers and timing on this machine's NVIDIA GPU"
 
 venv: $(READY) $(NATIVE)
@@ -70,27 +66,20 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: venv
-	$(BIN)/python -m benchmarks.compare --device cpu --out $(RESULTS) $(ARGS)
-	$(BIN)/python -m benchmarks.additions --device cpu --out $(RESULTS)
+	$(if $(TUNED_ALLOCATOR),MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296) \
+	$(BIN)/python -m pytest benchmarks --device cpu --out $(RESULTS) --budget $(BENCH_SECONDS) \
+		--benchmark-columns=median,iqr,rounds -o timeout=0 $(ARGS)
+
+report: venv
+	$(BIN)/python -m benchmarks.report --results $(RESULTS)
 
 # Offline, in the Python at hand: nothing is downloaded, its torch and triton are used as they are.
-# The rest runs even where a test failed, and the exit status says so. Without PyTorch's cache of
-# memory every tensor is an allocation, whose ends memcheck knows; what an API answers, the tests see.
+# BUDGET: seconds for each stage. OUT: a folder, where a second run goes on with what is left.
+# STAGES: some of tests, sanitize, tune, benchmarks. WHEELS: a folder of packages to compare with.
 gpu:
-	@$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make gpu: torch ' + torch.__version__ + ' of $(PYTHON) sees no GPU')"
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-	@status=0; \
-	$(PYTHON) -m pytest -n $(GPU_WORKERS) $(ARGS) || status=$$?; \
-	if command -v "$(SANITIZER)" > /dev/null; then \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck --report-api-errors no \
-			$(SANITIZED) || status=$$?; \
-		$(SANITIZE) --tool racecheck $(SANITIZED) || status=$$?; \
-		$(SANITIZE) --tool synccheck $(SANITIZED) || status=$$?; \
-	else \
-		echo "make gpu: compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin: its checks are left out"; \
-	fi; \
-	$(PYTHON) -m benchmarks.compare --device cuda --out $(RESULTS) || status=$$?; \
-	exit $$status
+	@$(PYTHON) -m benchmarks.gpu --workers $(GPU_WORKERS) $(if $(BUDGET),--budget $(BUDGET)) \
+		$(if $(filter file,$(origin OUT)),,--out "$(OUT)") $(if $(WHEELS),--wheels "$(WHEELS)") \
+		$(if $(STAGES),--stages $(STAGES)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info kernels/cpu/_native.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
