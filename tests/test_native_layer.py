@@ -947,3 +947,27 @@ def test_gradients_of_the_biases_are_tensors_of_their_own():
     one, other = torch.autograd.grad(layer(torch.randn(3, B, I))[0].sum(), biases)
     assert one.data_ptr() != other.data_ptr()
     assert_same(one, other)
+
+
+# x fused into the step, x staged over steps, gates given: of the sizes, and of the recurrence alone.
+@pytest.mark.parametrize(("batch", "inputs"), [(1, 5), (32, 5), (32, 64)])
+def test_many_steps_are_as_exact_as_torchs(batch, inputs):
+    layer = nn.LSTM(inputs, 128)
+    x = torch.randn(100, batch, inputs)
+    h, c = torch.zeros(2, batch, 128)
+    with torch.no_grad():
+        exact, _ = copy.deepcopy(layer).double()(x.double())
+        torchs, _ = layer(x)
+        same = fused_lstm.LSTM(inputs, 128, backend="native")
+        same.load_state_dict(layer.state_dict())
+        ours, _ = same(x)
+        gates = x @ layer.weight_ih_l0.T + layer.bias_ih_l0 + layer.bias_hh_l0
+        with fused_lstm.use_backend("native"):
+            alone, *_ = fused_lstm.lstm_recurrence(gates, layer.weight_hh_l0, h, c)
+
+    def error(actual):
+        return float((actual.double() - exact).square().mean().sqrt())
+
+    # Of this many numbers the mean is no matter of luck.
+    assert error(ours) <= 1.25 * error(torchs)
+    assert error(alone) <= 1.25 * error(torchs)
