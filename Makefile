@@ -26,7 +26,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time fused_lstm, torch.nn.LSTM and others on this machine's CPU"
 	@echo "make report  the README's figures and the pictures, from the records"
-	@echo "make gpu     test suite, sanitizers and timing on this machine's NVIDIA GPU"
+	@echo "make gpu     tests, sanitizers, tuning and timing on this machine's NVIDIA GPU, in stages"
 
 venv: $(READY) $(NATIVE)
 
@@ -68,7 +68,7 @@ format: $(READY)
 bench: venv
 	$(if $(TUNED_ALLOCATOR),MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296) \
 	$(BIN)/python -m pytest benchmarks --device cpu --out $(RESULTS) --budget $(BENCH_SECONDS) \
-		--benchmark-columns=median,iqr,rounds -o timeout=0 $(ARGS)
+		--benchmark-columns=median,iqr,rounds $(ARGS)
 
 report: venv
 	$(BIN)/python -m benchmarks.report --results $(RESULTS)

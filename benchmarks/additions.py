@@ -151,6 +151,7 @@ class AdditionsRecord:
         # With lengths there are fewer products.
         if "ratio" in result and result["addition"] != "lengths":
             todays = result["seconds"]["todays"]["p50"]
+            result["gemm_flops_per_second"] = gemm
             result["largest_ratio"] = todays * gemm / result["flops"]
         self._measured.append(result)
         records.write_json(
@@ -158,7 +159,6 @@ class AdditionsRecord:
             {
                 "schema": records.SCHEMA,
                 "environment": asdict(self._recorder.environment),
-                "gemm_flops_per_second": gemm,
                 "dtype": "float32",
                 "seconds_per_mode": seconds,
                 "additions": self._measured,
@@ -209,7 +209,7 @@ def measure(
         "todays_way": addition.description,
         "status": "timed",
     }
-    with torch.set_grad_enabled(training):
+    with torch.set_grad_enabled(training), cases.products_of(case):
         if addition.todays is not None:
             worst = _error_over_budget(contenders, data)
             result["error_over_budget"] = worst
@@ -258,6 +258,6 @@ def _error_over_budget(contenders: dict[str, tuple[nn.Module, Way]], data: cases
         cases.largest_errors(native, exact), exact, torch.finfo(torch.float32).eps
     )
     errors = cases.largest_errors(actual, exact)
-    ratios = [error / budget for error, budget in zip(errors, budgets, strict=True)]
+    ratios = cases.over_budget(errors, budgets)
     # The maximum of a list with NaN in it depends on the order.
     return math.inf if any(map(math.isnan, ratios)) else max(ratios)

@@ -1,97 +1,35 @@
-"""Options and fixtures of the suite: `pytest benchmarks`, or `make bench`."""
+"""Hooks and fixtures of the suite: `pytest benchmarks`, or `make bench`."""
 
 from __future__ import annotations
 
-import math
 import platform
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import records, shapes
+from benchmarks import options, records, shapes
 from benchmarks.records import Recorder
-from benchmarks.suite import PROVIDERS, NotRunError, Plan, Suite, list_plans
-from fused_lstm.bench.arguments import device_argument, positive_count, positive_number
-from fused_lstm.bench.cases import DTYPES, MODES
+from benchmarks.report import SLOWER_BELOW
+from benchmarks.suite import NotRunError, Plan, Suite
 from fused_lstm.bench.comparison import Measured, Result
-from fused_lstm.bench.providers import Provider
-
-DEFAULT_SECONDS = {"cpu": 1.0, "cuda": 0.3}
-# Below this, ours is said to be the slower one: noise of a quiet machine is smaller.
-SLOWER = 0.97
 
 _SUITE = pytest.StashKey[Suite]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fused_lstm", "benchmarks of fused_lstm")
-    group.addoption(
-        "--device", type=device_argument, default="cpu", help="cpu (default), cuda or cuda:N"
-    )
-    group.addoption(
-        "--out",
-        type=Path,
-        default=Path("benchmarks/results"),
-        help="folder of all devices' records (default: benchmarks/results)",
-    )
-    group.addoption(
-        "--seconds",
-        type=positive_number,
-        help="time for each case and mode (default: 1 on a CPU, 0.3 on a GPU)",
-    )
-    group.addoption(
-        "--budget",
-        type=positive_number,
-        default=math.inf,
-        help="seconds for the whole run; a case that would not fit is not begun (default: no end)",
-    )
-    group.addoption(
-        "--resume",
-        action="store_true",
-        help="leave out what --out has from the same commit, versions and device",
-    )
-    group.addoption("--threads", type=positive_count, help="on a CPU (default: torch's own choice)")
-    for name, choices, what in (
-        ("group", shapes.GROUPS, "cases"),
-        ("dtype", DTYPES, "cases"),
-        ("mode", MODES, "cases"),
-        (
-            "provider",
-            tuple(PROVIDERS),
-            "providers, instead of each group's own; torch's always runs",
-        ),
-    ):
-        group.addoption(
-            f"--{name}",
-            action="append",
-            choices=choices,
-            default=[],
-            help=f"only these {what}; may be repeated",
-        )
+    options.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set up the device and the run; the arguments are looked at before anything is measured."""
-    device: torch.device = config.getoption("--device")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise pytest.UsageError(
-                f"argument --device: expected a device that is there, got {str(device)!r}, and "
-                f"torch {torch.__version__} sees {count} CUDA GPUs"
-            )
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    if records.allocator_is_tuned():
-        library, version = platform.libc_ver()
-        # Before 2.35, it ignored thresholds above 32 MiB.
-        if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
-            raise pytest.UsageError(
-                f"{' and '.join(records.TUNED_ALLOCATOR)} are set: expected a Python on glibc 2.35 "
-                f"or later, got {' '.join((library, version)).strip() or platform.system()}"
-            )
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        raise pytest.UsageError("argument -n: expected none, for what is timed runs by itself")
+    device = _usable_device(config.getoption("--device"))
+    _check_allocator(device)
+    options.check_selection(config, device)
     if threads := config.getoption("--threads"):
         torch.set_num_threads(threads)
     out: Path = config.getoption("--out")
@@ -102,15 +40,46 @@ def pytest_configure(config: pytest.Config) -> None:
             f"argument --out: expected a folder that can be written to, got {str(out)!r} "
             f"({error.strerror})"
         ) from None
-    environment = records.describe_environment(device)
     recorder = Recorder(
         out,
-        environment,
+        records.describe_environment(device),
         budget=config.getoption("--budget"),
         resume=config.getoption("--resume"),
     )
-    seconds = config.getoption("--seconds") or DEFAULT_SECONDS[device.type]
+    seconds = config.getoption("--seconds") or options.DEFAULT_SECONDS[device.type]
     config.stash[_SUITE] = Suite(device, seconds, recorder)
+    # A run that is ended writes its summary all the same.
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config.add_cleanup(lambda: signal.signal(signal.SIGTERM, earlier))
+
+
+def _usable_device(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise pytest.UsageError(
+            f"argument --device: expected a device that is there, got {str(device)!r}, and "
+            f"torch {torch.__version__} sees {count} CUDA GPUs"
+        )
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _check_allocator(device: torch.device) -> None:
+    if not records.allocator_is_tuned():
+        return
+    names = " and ".join(records.TUNED_ALLOCATOR)
+    if device.type != "cpu":
+        raise pytest.UsageError(f"{names} are set: expected --device cpu, got {str(device)!r}")
+    library, version = platform.libc_ver()
+    # Before 2.35, it ignored thresholds above 32 MiB.
+    if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        raise pytest.UsageError(
+            f"{names} are set: expected a Python on glibc 2.35 or later, got "
+            f"{' '.join((library, version)).strip() or platform.system()}"
+        )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -122,23 +91,17 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "contender" not in metafunc.fixturenames:
+    if "measured" not in metafunc.fixturenames:
         return
-    config = metafunc.config
-    device = config.stash[_SUITE].device
-    # Training alone takes large blocks from the allocator at each call.
-    modes = ("training",) if records.allocator_is_tuned() else MODES
-    plans = list_plans(
-        device.type,
-        [mode for mode in modes if mode in (config.getoption("--mode") or MODES)],
-        groups=config.getoption("--group"),
-        dtypes=config.getoption("--dtype"),
-        providers=config.getoption("--provider"),
-    )
-    contenders = [(plan, *each) for plan in plans for each in plan.contenders(device)]
+    device = metafunc.config.stash[_SUITE].device
+    contenders = [
+        (plan, *contender)
+        for plan in options.plans(metafunc.config, device)
+        for contender in plan.contenders(device)
+    ]
     metafunc.parametrize(
         ("measured", "contender"),
-        [(plan, (plan, provider, launch)) for plan, provider, launch in contenders],
+        [(contender[0], contender) for contender in contenders],
         ids=[
             "-".join((plan.name, provider.name, *[launch] * (launch != "eager")))
             for plan, provider, launch in contenders
@@ -146,6 +109,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         indirect=True,
         scope="session",
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Additions come last. No case has a time limit of its own: --budget is for all of them."""
+    items.sort(key=lambda item: item.path.name == "test_additions.py")
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(0))
 
 
 @pytest.fixture(scope="session")
@@ -170,22 +142,25 @@ def contender(
     plan, provider, launch = request.param
     if isinstance(measured, NotRunError):
         pytest.skip(f"not run: {measured}")
-    result = _result_of(measured, provider, launch)
-    if result.status != "timed" and provider.is_ours:
-        pytest.fail(f"{result.status}: {result.detail}", pytrace=False)
-    if result.status != "timed":
-        pytest.skip(f"{result.status}: {result.detail}")
-    if not measured.samples:
-        pytest.skip("recorded by an earlier run of this commit")
-    return plan, result, measured.samples[provider.name, launch].seconds
-
-
-def _result_of(measured: Measured, provider: Provider, launch: str) -> Result:
-    return next(
+    result = next(
         result
         for result in measured.results
         if (result.provider, result.launch) == (provider.name, launch)
     )
+    if result.status in ("wrong", "failed") and provider.is_ours:
+        pytest.fail(f"{result.status}: {result.detail}", pytrace=False)
+    if result.status != "timed":
+        pytest.skip(f"{result.status}: {result.detail}")
+    if not measured.samples:
+        pytest.skip("recorded by an earlier run of the same sources")
+    return plan, result, measured.samples[provider.name, launch].seconds
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What failed outside of a benchmark, such as the exchange of a GPU, fails the run."""
+    suite = session.config.stash.get(_SUITE, None)
+    if suite is not None and suite.recorder.failed and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -198,17 +173,33 @@ def pytest_terminal_summary(
     recorder = suite.recorder
     if not recorder.done and not recorder.not_run and not recorder.failed:
         return
-    headlines, slopes = recorder.write_run(suite.describe_limits())
-    write = terminalreporter.write_line
     terminalreporter.section("fused_lstm")
+    _write_summary(terminalreporter.write_line, suite)
+    for title, lines in (
+        ("WRONG", recorder.describe("wrong")),
+        ("FAILED", [*recorder.failed, *recorder.describe("failed")]),
+        ("not run", [f"{name}: {reason}" for name, reason in recorder.not_run.items()]),
+    ):
+        for line in lines:
+            terminalreporter.write_line(f"{title}  {line}")
+    terminalreporter.write_line(
+        f"{len(recorder.done)} cases in {recorder.elapsed:.0f} s; records in {recorder.folder}"
+    )
+
+
+def _write_summary(write: Callable[[str], None], suite: Suite) -> None:
+    recorder = suite.recorder
+    run = recorder.finish(suite.known_limits())
     write("ratio: median time of torch.nn's layer over that of the other, above 1 it is faster")
-    for headline in headlines:
+    for headline in run.headlines:
         write(
             f"{headline.provider}, {headline.mode}: {headline.geometric_mean_of_ratio:.2f}, the "
             f"geometric mean of the ratio over {len(headline.shapes)} of {len(shapes.HEADLINE)} "
             "headline shapes"
         )
-    for slope in slopes:
+    for summary in run.summaries:
+        write(summary.text)
+    for slope in run.slopes:
         write(
             f"{slope.group} {slope.dtype}, {slope.provider} {slope.mode} {slope.launch}: time "
             f"grows with the power {slope.slope:.2f} of the size"
@@ -219,19 +210,11 @@ def pytest_terminal_summary(
         for result in results
         if result.provider == "fused_lstm" and result.ratio is not None
     ]
-    slower = sorted((each for each in ours if each[0] < SLOWER), key=lambda each: each[0])
+    slower = sorted((each for each in ours if each[0] < SLOWER_BELOW), key=lambda each: each[0])
     if ours:
         write(
-            f"fused_lstm is slower (ratio below {SLOWER}) in {len(slower)} of {len(ours)} cases "
-            "and modes"
+            f"fused_lstm is slower (ratio below {SLOWER_BELOW}) in {len(slower)} of {len(ours)} "
+            "cases and modes"
         )
     for ratio, name, result in slower:
         write(f"  {ratio:.2f}  {name} {result.mode} {result.launch} ({result.backend})")
-    for title, lines in (
-        ("WRONG", recorder.describe("wrong")),
-        ("FAILED", [*recorder.failed, *recorder.describe("failed")]),
-        ("not run", [f"{name}: {reason}" for name, reason in recorder.not_run.items()]),
-    ):
-        for line in lines:
-            write(f"{title}  {line}")
-    write(f"{len(recorder.done)} cases in {recorder.elapsed:.0f} s; records in {recorder.folder}")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from fused_lstm.kernels.cuda import launch
 from fused_lstm.kernels.cuda.compiler import KernelUnavailableError
@@ -111,12 +112,13 @@ def expected_counters(team: int, steps: int) -> Tensor:
         team: blocks.
         steps: how many.
     """
-    v = torch.arange(team * CHUNKS * WORDS).view(team, CHUNKS, WORDS)
-    ranks, chunks = torch.arange(team).unsqueeze(1), torch.arange(CHUNKS)
+    v = np.arange(team * CHUNKS * WORDS, dtype=np.uint32).reshape(team, CHUNKS, WORDS)
+    ranks, chunks = np.arange(team)[:, None], np.arange(CHUNKS)
+    multiplier, increment = np.uint32(MULTIPLIER), np.uint32(INCREMENT)
     for s in range(steps):
-        v = v[(ranks + s + chunks) % team, (chunks + 2) % CHUNKS]
-        v = (v * MULTIPLIER + INCREMENT) & 0xFFFFFFFF
-    return v.to(torch.int32)
+        # Unsigned arithmetic wraps around, as the kernel's does.
+        v = v[(ranks + s + chunks) % team, (chunks + 2) % CHUNKS] * multiplier + increment
+    return torch.from_numpy(v.view(np.int32))
 
 
 class Exchange:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -126,9 +127,9 @@ class Family:
 
 _KERNEL_TESTS = "tests/kernels/test_"
 FAMILIES = {
-    # A kernel has two mbarriers.
+    # A kernel of ours has two mbarriers; PyTorch's libraries have more.
     "cuda": Family(
-        "lstm_", (f"{_KERNEL_TESTS}cuda_gpu.py", "-k", "small"), ("--num-cuda-barriers", "2")
+        "lstm_", (f"{_KERNEL_TESTS}cuda_gpu.py", "-k", "small"), ("--num-cuda-barriers", "64")
     ),
     "triton": Family(
         "lstm_",
@@ -207,10 +208,11 @@ def benchmarks(options: argparse.Namespace) -> Stage:
 
     def notes() -> list[str]:
         return [
-            f"{each['provider']}, {each['mode']}: {each['geometric_mean_of_ratio']:.2f} times as "
-            f"fast as torch.nn.LSTM, geometric mean of {len(each['shapes'])} shapes"
+            f"{each['provider']}, {each['dtype']} {each['mode']} {each['launch']}: "
+            f"{each['geometric_mean_of_ratio']:.2f} times as fast as torch.nn.LSTM, geometric mean "
+            f"of {each['cases']} cases; at worst {each['least'][0]:.2f} ({each['least'][1]})"
             for path in out.glob("*/run.json")
-            for each in load(path).get("headlines", ())
+            for each in load(path).get("summaries", ())
         ]
 
     # With other packages to compare with, it is another unit.
@@ -320,6 +322,17 @@ def set_aside(results: Path) -> None:
         say(f"what {results} had is in {aside}", "yellow")
 
 
+def pack(out: Path) -> None:
+    """Put all that was written, the installed packages aside, into one file, gpu.tar.gz."""
+    archive = out / "gpu.tar.gz"
+    partial = archive.with_suffix(".partial")
+    with tarfile.open(partial, "w:gz") as file:
+        for path in sorted(out.iterdir()):
+            if path.name != "site" and not path.name.startswith(archive.stem):
+                file.add(path, f"gpu/{path.name}")
+    partial.replace(archive)
+
+
 def positive(text: str) -> float:
     """A number of seconds."""
     number = float(text)
@@ -381,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite.budget = options.budget
         for stage in list_stages(options, site):
             suite.run(stage)
+            pack(options.out)
     except KeyboardInterrupt:
         suite.report()
         say("make gpu: interrupted", STYLES[FAILED])

@@ -10,9 +10,8 @@ import platform
 import re
 import statistics
 import subprocess
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers, shapes
+from benchmarks.units import hash_of, write_text
 from fused_lstm.bench.cases import Case
 from fused_lstm.bench.comparison import Result
 from fused_lstm.bench.limits import Limits
@@ -30,11 +30,14 @@ __all__ = [
     "Environment",
     "Headline",
     "Recorder",
+    "Run",
     "Slope",
+    "Summary",
     "allocator_is_tuned",
     "describe_environment",
     "list_headlines",
     "list_slopes",
+    "list_summaries",
     "read_record",
     "write_json",
 ]
@@ -74,6 +77,7 @@ class Environment:
         cuda: version torch was built for; None without.
         cudnn: version; None without.
         peers: versions of the other packages that are there, by their names.
+        sources: digest of the package, its kernels and the benchmarks.
         commit: git commit of the benchmarked tree; None outside a git checkout.
         dirty: whether files differ from the commit, results aside.
         date: start of the run, UTC.
@@ -95,6 +99,7 @@ class Environment:
     cuda: str | None
     cudnn: int | None
     peers: dict[str, str]
+    sources: str
     commit: str | None
     dirty: bool | None
     date: str
@@ -131,6 +136,10 @@ def describe_environment(device: torch.device) -> Environment:
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version(),
         peers=peers.versions(),
+        sources=hash_of(
+            ("fused_lstm/**/", "kernels/**/", "benchmarks/**/"),
+            ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "measured.json"),
+        ),
         commit=_output_of("git", "rev-parse", "HEAD") or None,
         dirty=None if status is None else bool(status),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -187,18 +196,7 @@ def _output_of(*command: str) -> str | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is, at every moment, the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        # mkstemp's files are for their owner alone.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -228,6 +226,8 @@ class Recorder:
         self.folder = folder / environment.slug
         self.environment, self.budget, self.resume = environment, budget, resume
         self.done: dict[str, tuple[Case, list[Result]]] = {}
+        # Of the cases that this run itself has measured.
+        self._settings: dict[str, dict[str, Any]] = {}
         self.not_run: dict[str, str] = {}
         self.failed: list[str] = []
         self._start = time.monotonic()
@@ -245,24 +245,56 @@ class Recorder:
         if not self.resume or not path.exists():
             return False
         record = read_record(path)
-        same = ("commit", "dirty", "torch", "triton", "device", "driver", "threads", "peers")
-        theirs, ours = record["environment"], asdict(self.environment)
-        return record["schema"] == SCHEMA and all(theirs[name] == ours[name] for name in same)
+        return record["schema"] == SCHEMA and self._same(record["environment"])
 
-    def resumed(self, case: Case, mode: str) -> list[Result] | None:
-        """What an earlier run has of a case, if this run resumes it."""
+    def _same(self, environment: dict[str, Any]) -> bool:
+        """Whether what was measured there is what would be measured here."""
+        ours = asdict(self.environment)
+        varying = ("commit", "dirty", "date", "load_average")
+        return all(
+            environment.get(name) == value for name, value in ours.items() if name not in varying
+        )
+
+    def resumed(
+        self, case: Case, mode: str, contenders: Iterable[tuple[str, str]]
+    ) -> list[Result] | None:
+        """What an earlier run has of a case, if this run resumes it.
+
+        Args:
+            case: the case.
+            mode: "inference" or "training".
+            contenders: provider and launch of all who would run it.
+        """
         path = self.path_of(case)
         if not self.can_resume(path):
             return None
         record = read_record(path)
         results = [_result_of(result) for result in record["results"] if result["mode"] == mode]
-        if results:
-            self._keep(case, results)
-        return results or None
+        known = {
+            (result.provider, result.launch)
+            for result in results
+            # What failed may not fail again.
+            if result.status in ("timed", "unavailable")
+        }
+        if not set(contenders) <= known:
+            return None
+        self._keep(case, results)
+        return results
 
     def _keep(self, case: Case, results: Sequence[Result]) -> None:
         _, of_case = self.done.setdefault(case.name, (case, []))
         of_case.extend(results)
+
+    def _keep_recorded(self, case: Case, results: Sequence[Result]) -> None:
+        """Keep what the case's record has of the same sources and machine, but these results."""
+        path = self.path_of(case)
+        if case.name in self.done or not path.exists():
+            return
+        record = read_record(path)
+        if record["schema"] == SCHEMA and self._same(record["environment"]):
+            measured = {(result.provider, result.mode, result.launch) for result in results}
+            others = map(_result_of, record["results"])
+            self._keep(case, [r for r in others if (r.provider, r.mode, r.launch) not in measured])
 
     def add(
         self,
@@ -283,43 +315,67 @@ class Recorder:
             seconds: time given to each mode.
             results: of every provider and launch.
         """
+        self._keep_recorded(case, results)
         self._keep(case, results)
-        content = {
-            "schema": SCHEMA,
-            "case": {"name": case.name, "dtype": case.dtype_name, **asdict(case.shape)},
+        self._settings[case.name] = {
             "groups": list(groups),
-            "environment": asdict(self.environment),
-            "limits": asdict(limits),
             "input_sets": sets,
             "calls_per_sample": case.calls_per_sample,
             "seconds_per_mode": seconds,
+        }
+        self._write(case, limits)
+
+    def _write(self, case: Case, limits: Limits) -> None:
+        content = {
+            "schema": SCHEMA,
+            "case": {"name": case.name, "dtype": case.dtype_name, **asdict(case.shape)},
+            "environment": asdict(self.environment),
+            "limits": asdict(limits),
+            **self._settings[case.name],
             "results": [asdict(result) for result in self.done[case.name][1]],
         }
         write_json(self.path_of(case), content)
 
-    def write_run(self, limits: dict[str, Any]) -> tuple[list[Headline], list[Slope]]:
-        """Write the record of the run, and return its summary."""
+    def finish(self, limits: Mapping[str, Limits]) -> Run:
+        """Compare all cases with the limits as they turned out, and write the record of the run.
+
+        Args:
+            limits: of the device, by dtype: the best of the whole run.
+        """
         done = list(self.done.values())
-        headlines = list_headlines(done)
-        slopes = list_slopes(done, self.environment.device_type)
+        for case, results in done:
+            if case.name in self._settings:
+                for result in results:
+                    result.compare_with(limits[case.dtype_name], case)
+                self._write(case, limits[case.dtype_name])
+        run = Run(
+            list_headlines(done),
+            list_summaries(done, self.environment.device_type),
+            list_slopes(done, self.environment.device_type),
+        )
         suffix = TUNED_ALLOCATOR_SUFFIX if allocator_is_tuned() else ""
+        path = self.folder / f"run{suffix}.json"
+        if not done and path.exists():
+            return run
+        known = {dtype: asdict(each) for dtype, each in limits.items()}
+        if self.can_resume(path):
+            known = {**read_record(path)["limits"], **known}
         write_json(
-            self.folder / f"run{suffix}.json",
+            path,
             {
                 "schema": SCHEMA,
                 "environment": asdict(self.environment),
-                "limits": limits,
-                "budget_seconds": self.budget,
+                "limits": known,
+                "budget_seconds": None if math.isinf(self.budget) else self.budget,
                 "elapsed_seconds": self.elapsed,
-                "headlines": [asdict(headline) for headline in headlines],
-                "slopes": [asdict(slope) for slope in slopes],
+                **asdict(run),
                 "cases": [case.name for case, _ in done],
                 "not_run": self.not_run,
                 "wrong": self.describe("wrong"),
                 "failed": [*self.failed, *self.describe("failed")],
             },
         )
-        return headlines, slopes
+        return run
 
     def describe(self, status: str) -> list[str]:
         """Describe the results of one status."""
@@ -404,6 +460,63 @@ class Slope:
     dtype: str
     slope: float
     points: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A provider's ratios over all cases that were timed, sweeps aside.
+
+    Attributes:
+        provider: as in `Result`, and so `mode` and `launch`.
+        dtype: of the cases.
+        geometric_mean_of_ratio: over them.
+        least: of the ratios, and the case that it is of.
+        cases: how many.
+    """
+
+    provider: str
+    mode: str
+    launch: str
+    dtype: str
+    geometric_mean_of_ratio: float
+    least: tuple[float, str]
+    cases: int
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return (
+            f"{self.provider}, {self.dtype} {self.mode} {self.launch}: "
+            f"{self.geometric_mean_of_ratio:.2f} over {self.cases} cases, "
+            f"at worst {self.least[0]:.2f} ({self.least[1]})"
+        )
+
+
+def list_summaries(
+    results: Sequence[tuple[Case, Sequence[Result]]], device_type: str
+) -> list[Summary]:
+    """Summarise each provider in each mode, launch and dtype."""
+    ratios: dict[tuple[str, str, str, str], list[tuple[float, str]]] = {}
+    for case, of_case in results:
+        if set(shapes.groups_of(case, device_type)) <= set(shapes.SWEEPS):
+            continue
+        for result in of_case:
+            if result.provider != "torch" and result.ratio is not None:
+                key = (result.provider, result.mode, result.launch, case.dtype_name)
+                ratios.setdefault(key, []).append((result.ratio, case.name))
+    return [
+        Summary(*key, statistics.geometric_mean(ratio for ratio, _ in each), min(each), len(each))
+        for key, each in ratios.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run comes to."""
+
+    headlines: list[Headline]
+    summaries: list[Summary]
+    slopes: list[Slope]
 
 
 def list_slopes(results: Sequence[tuple[Case, Sequence[Result]]], device_type: str) -> list[Slope]:

@@ -23,7 +23,8 @@ class Clock:
         return self._now
 
     def _pass(self) -> None:
-        self._now += next(self._samples)
+        # Profilers of pytest-benchmark call once more.
+        self._now += next(self._samples, 0.0)
 
     def replay(self, benchmark: Any, samples: Sequence[float]) -> None:
         """Give a benchmark, whose timer is `now`, one round for each sample.

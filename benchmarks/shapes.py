@@ -11,16 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
+from fused_lstm.backends import cuda, triton
 from fused_lstm.bench.cases import Case, Shape
 
 __all__ = ["ADDITIONS", "GROUPS", "HEADLINE", "SWEEPS", "Group", "groups_of", "list_groups"]
-
-# Everyone who may run: torch.compile is slow to begin.
-_BACKENDS = {
-    "cpu": ("fused_lstm", "fused_lstm[aten]", "fused_lstm[reference]"),
-    "cuda": ("fused_lstm", "fused_lstm[cuda]", "fused_lstm[triton]"),
-}
-_USUAL = {"cpu": ("fused_lstm", "onnxruntime"), "cuda": (*_BACKENDS["cuda"], "torchrl")}
 
 
 @dataclass(frozen=True)
@@ -122,9 +116,21 @@ _VARIANTS = (
     Shape(100, 16, 64, 64, packed=True),
     Shape(100, 64, 128, 256, packed=True),
 )
-# The grid of a GPU: what fits in a block, a cluster and the grid, with few rows and many.
-_GRID = tuple(
-    Shape(512, B, H, H) for H, B in product((256, 512, 128, 1024, 64, 2048), (64, 16, 256, 1))
+# The grid of a GPU: what fits in a cluster and in the grid, with few rows and many.
+_GRID = tuple(Shape(512, B, H, H) for H, B in product((256, 512, 1024, 2048), (64, 16, 256)))
+# What a first look at a GPU should show, if there are a few minutes only.
+_CORE = (
+    Case(Shape(512, 64, 256, 256), "bfloat16"),
+    Case(Shape(512, 16, 1024, 1024), "bfloat16"),
+    Case(Shape(64, 256, 64, 256), "bfloat16"),
+    Case(Shape(64, 256, 64, 256), "tf32"),
+    Case(Shape(365, 256, 32, 256), "bfloat16"),
+    Case(Shape(800, 32, 80, 512, num_layers=3, bidirectional=True, batch_first=True), "bfloat16"),
+    Case(Shape(512, 64, 1024, 1024, num_layers=2), "bfloat16"),
+    Case(_FLASHRNN, "bfloat16"),
+    Case(Shape(512, 64, 256, 256), "float16"),
+    Case(Shape(64, 256, 64, 256), "float32"),
+    Case(Shape(1, 16, 64, 256, cell=True), "bfloat16"),
 )
 
 # What a sweep varies.
@@ -159,51 +165,71 @@ _SWEPT = {
 
 
 def _in(dtypes: tuple[str, ...], shapes: tuple[Shape, ...]) -> tuple[Case, ...]:
-    return tuple(Case(shape, dtype) for shape in shapes for dtype in dtypes)
+    return tuple(Case(shape, dtype) for dtype in dtypes for shape in shapes)
 
 
-def _groups(device_type: str) -> Iterator[Group]:
-    on_cpu = device_type == "cpu"
-    usual = _USUAL[device_type]
-    # What cuDNN is fast in, and what people train in: then what they expect to be exact.
-    all_dtypes = ("float32",) if on_cpu else ("bfloat16", "float16", "tf32", "float32")
-    two_dtypes = ("float32",) if on_cpu else ("bfloat16", "float16")
-    # It tries out launches for minutes, for each shape and dtype.
-    with_flashrnn = (*usual, "flashrnn")
-    if on_cpu:
-        yield Group("small", _in(("float32",), HEADLINE), (*_BACKENDS["cpu"], "onnxruntime"))
-    else:
-        yield Group("grid", _in(two_dtypes, _GRID), usual, memory=True)
-        yield Group(
-            "flashrnn", _in(("bfloat16", "float16"), (_FLASHRNN,)), with_flashrnn, memory=True
-        )
-    memory = True
+def _groups_of_cpu() -> Iterator[Group]:
+    usual = ("fused_lstm", "onnxruntime")
+    for name, shapes in (
+        ("small", HEADLINE),
+        ("reinforcement-learning", _REINFORCEMENT_LEARNING["cpu"]),
+        ("time-series", _TIME_SERIES["cpu"]),
+        ("speech", _SPEECH["cpu"]),
+        ("language", _LANGUAGE["cpu"]),
+        ("streaming", _STREAMING),
+    ):
+        more = {
+            "small": ("fused_lstm[aten]", "fused_lstm[reference]"),
+            "streaming": ("torch.compile",),
+        }
+        large = name not in ("small", "streaming")
+        yield Group(name, _in(("float32",), shapes), (*usual, *more.get(name, ())), memory=large)
+    small, large = Shape(100, 16, 64, 64), Shape(100, 64, 128, 256)
     yield Group(
-        "reinforcement-learning",
-        _in(all_dtypes, _REINFORCEMENT_LEARNING[device_type]),
+        "variants",
+        (
+            *_in(("float32",), _VARIANTS),
+            *_in(("float64",), (small, large)),
+            *_in(("bfloat16",), (small, large, Shape(100, 1, 512, 512), Shape(100, 32, 512, 512))),
+        ),
         usual,
-        memory,
     )
-    yield Group("time-series", _in(all_dtypes, _TIME_SERIES[device_type]), usual, memory)
-    yield Group("speech", _in(two_dtypes, _SPEECH[device_type]), usual, memory)
-    yield Group("language", _in(two_dtypes, _LANGUAGE[device_type]), usual, memory)
-    yield Group("streaming", _in(two_dtypes, _STREAMING), (*usual, "torch.compile"))
-    variants = _in(("float32",), _VARIANTS)
-    if on_cpu:
-        variants += _in(("float64",), (Shape(100, 16, 64, 64), Shape(100, 64, 128, 256)))
-        large = (Shape(100, 1, 512, 512), Shape(100, 32, 512, 512))
-        variants += _in(("bfloat16",), (Shape(100, 16, 64, 64), Shape(100, 64, 128, 256), *large))
-    yield Group("variants", variants, usual)
-    for name, (base, sizes) in _SWEPT[device_type].items():
-        yield Group(name, _in(two_dtypes[:1], _sweep(name, base, sizes)), usual)
-    if on_cpu:
-        yield Group("flashrnn", _in(("bfloat16",), (_FLASHRNN,)), usual)
+    for name, (base, sizes) in _SWEPT["cpu"].items():
+        yield Group(name, _in(("float32",), _sweep(name, base, sizes)), usual)
+    yield Group("flashrnn", _in(("bfloat16",), (_FLASHRNN,)), usual)
+
+
+def _groups_of_cuda() -> Iterator[Group]:
+    usual = ("fused_lstm[cuda]", "fused_lstm[triton]", "torchrl")
+    if cuda.VERIFIED_ARCHITECTURES or triton.VERIFIED_ARCHITECTURES:
+        # Else it is torch's own layer, by another way.
+        usual = ("fused_lstm", *usual)
+    # What cuDNN is fast in, and what people train in: then what they expect to be exact.
+    dtypes = ("bfloat16", "tf32", "float16", "float32")
+    half = ("bfloat16", "float16")
+    yield Group("core", _CORE, usual, memory=True)
+    for name, of, shapes in (
+        ("reinforcement-learning", dtypes, _REINFORCEMENT_LEARNING["cuda"]),
+        ("time-series", dtypes, _TIME_SERIES["cuda"]),
+        ("speech", half, _SPEECH["cuda"]),
+        ("language", half, _LANGUAGE["cuda"]),
+        ("grid", half, _GRID),
+        ("streaming", half, _STREAMING),
+    ):
+        yield Group(name, _in(of, shapes), usual, memory=name != "streaming")
+    for name, (base, sizes) in _SWEPT["cuda"].items():
+        yield Group(name, _in(half[:1], _sweep(name, base, sizes)), usual)
+    yield Group("variants", _in(("float32",), _VARIANTS), usual)
+    # FlashRNN tries out launches, and torch.compile writes code, for minutes.
+    yield Group("flashrnn", _in(half, (_FLASHRNN,)), (*usual, "flashrnn"), memory=True)
+    cells = tuple(shape for shape in _STREAMING if shape.cell)
+    yield Group("compiled", _in(half[:1], cells), (*usual, "torch.compile"))
 
 
 @cache
 def list_groups(device_type: str) -> tuple[Group, ...]:
     """List the groups of a device type, "cpu" or "cuda", the most telling first."""
-    return tuple(_groups(device_type))
+    return tuple(_groups_of_cpu() if device_type == "cpu" else _groups_of_cuda())
 
 
 # Not of cases: what benchmarks/additions.py times.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,6 +36,8 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
+# Cases that tell how long the next one may take.
+_RECENT = 6
 # Seconds after which the rate of products is measured again.
 _GEMM_AGAIN = 30.0
 
@@ -69,7 +71,7 @@ class Plan:
     def contenders(self, device: torch.device) -> Iterator[tuple[Provider, str]]:
         """List each provider in each of its launches."""
         for provider in self.providers:
-            for launch in provider.launches(device):
+            for launch in provider.launches(self.case, self.mode, device):
                 yield provider, launch
 
 
@@ -141,15 +143,16 @@ class Suite:
 
         Raises:
             NotRunError: if it was not begun.
-            Exception: whatever broke the case off: no memory for the inputs, a kernel that failed
-                while it was timed.
+            BaseException: whatever broke the case off: no memory for the inputs, a kernel that
+                failed while it was timed.
         """
         recorder = self.recorder
-        earlier = recorder.resumed(plan.case, plan.mode)
+        contenders = [(each.name, launch) for each, launch in plan.contenders(self.device)]
+        earlier = recorder.resumed(plan.case, plan.mode, contenders)
         if earlier is not None:
             return Measured(earlier, {}, 0)
-        # A case is taken to last as long as those before it.
-        expected = statistics.median(self._durations) if self._durations else 0.0
+        # A case is taken to last as long as the longest of those just before it.
+        expected = max(self._durations[-_RECENT:], default=0.0)
         reason = self._lost
         if recorder.elapsed + expected > recorder.budget:
             reason = reason or f"beyond the budget of {recorder.budget:g} s"
@@ -157,6 +160,9 @@ class Suite:
             recorder.not_run[plan.name] = reason
             raise NotRunError(reason)
         begun = time.monotonic()
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             limits = self.limits(plan.case.dtype_name)
             measured = comparison.measure(
@@ -168,14 +174,13 @@ class Suite:
                 limits,
                 memory=plan.memory,
             )
-        except Exception as error:
+        except BaseException as error:
+            # A timeout of pytest's is no Exception.
             recorder.failed.append(f"{plan.name}: {type(error).__name__}: {error}")
             self._lost = self._why_lost(plan)
+            # pytest keeps the error, and its frames would keep tensors and graphs.
+            traceback.clear_frames(error.__traceback__)
             raise
-        finally:
-            gc.collect()
-            if self.device.type == "cuda" and not self._lost:
-                torch.cuda.empty_cache()
         recorder.add(plan.case, plan.groups, limits, measured.sets, self.seconds, measured.results)
         self._durations.append(time.monotonic() - begun)
         return measured
@@ -194,7 +199,7 @@ class Suite:
         if self.recorder.elapsed - when > _GEMM_AGAIN:
             rate = max(rate, measure_gemm(dtype, self.device))
             self._gemm[dtype] = self.recorder.elapsed, rate
-        return replace(self._machine, gemm_flops_per_second=rate)
+        return self.known_limits()[dtype]
 
     def _exchange_seconds(self) -> dict[str, float]:
         if self.device.type != "cuda":
@@ -209,11 +214,13 @@ class Suite:
             self.recorder.not_run[f"exchange of a {name}"] = reason
         return seconds
 
-    def describe_limits(self) -> dict[str, object]:
-        """Say all that was measured of the machine."""
-        machine = asdict(self._machine or Limits(0.0))
-        rates = {dtype: rate for dtype, (_, rate) in self._gemm.items()}
-        return {**machine, "gemm_flops_per_second": rates}
+    def known_limits(self) -> dict[str, Limits]:
+        """The limits of each dtype that was run, the best of what was measured."""
+        machine = self._machine or Limits(0.0)
+        return {
+            dtype: replace(machine, gemm_flops_per_second=rate)
+            for dtype, (_, rate) in self._gemm.items()
+        }
 
     def _why_lost(self, plan: Plan) -> str:
         """Say why nothing more can run on the device; "" if something can."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import shapes
 from benchmarks.additions import SIZES, AdditionsRecord, list_additions, measure
+from benchmarks.options import wants_addition
 from benchmarks.replay import CLOCK
 from fused_lstm.bench.cases import MODES
 
@@ -20,15 +20,14 @@ def _contenders(name):
 
 
 def pytest_generate_tests(metafunc):
-    groups = metafunc.config.getoption("--group")
-    tasks = TASKS if not groups or shapes.ADDITIONS in groups else []
-    contenders = [(task, name) for task in tasks for name in _contenders(task[1])]
+    tasks = [task for task in TASKS if wants_addition(metafunc.config, task[2])]
+    ways = [(*task, name) for task in tasks for name in _contenders(task[1])]
     metafunc.parametrize(
-        ("addition", "name"),
-        contenders,
+        ("addition", "way"),
+        [(way[:-1], way) for way in ways],
         ids=[
             f"t{T}-b{B}-i{inputs}-h{hidden}-{addition}-{mode}-{name}"
-            for ((T, B, inputs, hidden), addition, mode), name in contenders
+            for (T, B, inputs, hidden), addition, mode, name in ways
         ],
         indirect=["addition"],
         scope="session",
@@ -55,11 +54,13 @@ def addition(request, suite, additions_record):
     gemm = suite.limits("float32").gemm_flops_per_second
     result, samples = measure(wanted, sizes, mode, suite.device, suite.seconds)
     additions_record.add(result, gemm, suite.seconds)
+    if result["status"] == "wrong":
+        suite.recorder.failed.append(f"{task}: error over budget {result['error_over_budget']}")
     return result, samples
 
 
 @pytest.mark.benchmark(timer=CLOCK.now)
-def test_addition(request, addition, name, benchmark):
+def test_addition(request, addition, way, benchmark):
     if addition is None:
         benchmark.skipped = True
         pytest.skip("not run: beyond the budget")
@@ -71,4 +72,4 @@ def test_addition(request, addition, name, benchmark):
         pytest.skip("recorded by an earlier run of this commit")
     benchmark.group = request.node.callspec.id.rpartition("-")[0]
     benchmark.extra_info.update(result)
-    CLOCK.replay(benchmark, samples[name])
+    CLOCK.replay(benchmark, samples[way[-1]])

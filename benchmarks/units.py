@@ -25,9 +25,10 @@ PASSED, FAILED, NOT_RUN, UNAVAILABLE = "passed", "failed", "not run", "unavailab
 STYLES = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow", UNAVAILABLE: "yellow"}
 NOT_BEGUN = "not begun"
 # Seconds between a look at what runs and the next, and from the request to end to the end.
-POLL, GRACE = 0.05, 5.0
+POLL, GRACE = 0.05, 10.0
 # Lines of a failed unit's log, and units of a kind, that the report shows.
 EXCERPT, LISTED = 3, 8
+NOTES = 12
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class Suite:
             seconds = sum(record.seconds for record in records)
             earlier = "" if stage in self.ran else "  (all of it in an earlier run)"
             say(f"{stage:<10} {words}  {seconds:.0f} s of work{earlier}", "bold")
-        for note in self.notes[-LISTED:]:
+        for note in self.notes[-NOTES:]:
             say(note)
         for status in (UNAVAILABLE, NOT_RUN, FAILED):
             self._report(status)
@@ -338,5 +339,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that is, at every moment, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

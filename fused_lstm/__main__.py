@@ -133,7 +133,7 @@ def _bench(options: argparse.Namespace) -> int:
     del chosen["run"]
     try:
         return 0 if bench.run(**chosen) else 1
-    except ValueError as error:
+    except bench.ArgumentError as error:
         print(f"python -m fused_lstm bench: error: {error}", file=sys.stderr)
         return 2
 

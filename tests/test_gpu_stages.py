@@ -279,17 +279,21 @@ def test_what_benchmarks_and_tuning_leave_is_read_from_their_records(tmp_path):
     )
     assert benchmarks.left() == ""
     assert not (*benchmarks.notes(), *tune.notes())
-    headline = {
-        "provider": "fused_lstm",
+    summary = {
+        "provider": "fused_lstm[cuda]",
         "mode": "training",
+        "launch": "graph",
+        "dtype": "bfloat16",
         "geometric_mean_of_ratio": 2.5,
-        "shapes": ["a", "b"],
+        "least": [0.5, "a case"],
+        "cases": 2,
     }
-    run = {"not_run": {"a": "budget", "b": "budget"}, "headlines": [headline]}
+    run = {"not_run": {"a": "budget", "b": "budget"}, "summaries": [summary]}
     units.write_json(tmp_path / "results" / "a-gpu" / "run.json", run)
     assert benchmarks.left() == "2 cases did not fit"
     assert benchmarks.notes() == [
-        "fused_lstm, training: 2.50 times as fast as torch.nn.LSTM, geometric mean of 2 shapes"
+        "fused_lstm[cuda], bfloat16 training graph: 2.50 times as fast as torch.nn.LSTM, geometric "
+        "mean of 2 cases; at worst 0.50 (a case)"
     ]
     units.write_json(tmp_path / "tune" / "measured.json", {"left": 7})
     assert tune.left() == "7 configurations did not fit"

@@ -949,7 +949,7 @@ def test_gradients_of_the_biases_are_tensors_of_their_own():
     assert_same(one, other)
 
 
-# x fused into the step, x staged over steps, gates given: of the sizes, and of the recurrence alone.
+# x fused into the step and staged over steps, and gates that are given to the recurrence alone.
 @pytest.mark.parametrize(("batch", "inputs"), [(1, 5), (32, 5), (32, 64)])
 def test_many_steps_are_as_exact_as_torchs(batch, inputs):
     layer = nn.LSTM(inputs, 128)

@@ -7,6 +7,7 @@ projection (`H` without one), `L` layers, `D` directions, `N` rows of all sequen
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,9 @@ CALLS_PER_SAMPLE_OF_CELL = 20
 OUTPUTS = ("output", "h_n", "c_n")
 CELL_OUTPUTS = ("h_1", "c_1")
 INPUTS = ("input", "h_0", "c_0")
+
+# Of steps, or it refuses: https://github.com/pytorch/pytorch/issues/133751
+MOST_STEPS_OF_CUDNN = 65535
 
 Layer = nn.LSTM | nn.LSTMCell
 
@@ -227,11 +231,26 @@ def make_parameters(case: Case, device: torch.device, seed: int = 0) -> dict[str
         return case.build(nn.LSTM, nn.LSTMCell, device).state_dict()
 
 
+class LSTMInChunks(nn.LSTM):
+    """`torch.nn.LSTM`, of one layer and direction, for more steps than cuDNN takes at once."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run it over input [T, B, I]."""
+        outputs = []
+        for chunk in torch.split(input, MOST_STEPS_OF_CUDNN):
+            output, hx = super().forward(chunk, hx)
+            outputs.append(output)
+        return torch.cat(outputs), hx
+
+
 def torch_layer(
     case: Case, parameters: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Layer:
     """Build `torch.nn`'s layer with the given parameters."""
-    layer = case.build(nn.LSTM, nn.LSTMCell, device, dtype)
+    in_chunks = device.type == "cuda" and case.shape.T > MOST_STEPS_OF_CUDNN
+    layer = case.build(LSTMInChunks if in_chunks else nn.LSTM, nn.LSTMCell, device, dtype)
     layer.load_state_dict(parameters)
     return layer
 
@@ -284,6 +303,8 @@ def result_names(case: Case, mode: str, parameters: Iterable[str]) -> list[str]:
 
 def largest_errors(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """Largest absolute difference of each result from the float64 one."""
+    if len(actual) != len(exact):
+        raise ValueError(f"there are {len(actual)} results, not {len(exact)}")
     for a, e in zip(actual, exact, strict=True):
         if a.shape != e.shape:
             raise ValueError(f"a result has the shape {list(a.shape)}, not {list(e.shape)}")
@@ -306,4 +327,12 @@ def error_budgets(
     return [
         2 * error + eps * float(e.abs().max())
         for error, e in zip(native_errors, exact, strict=True)
+    ]
+
+
+def over_budget(errors: Sequence[float], budgets: Sequence[float]) -> list[float]:
+    """Divide errors by their budgets; a result that is zero throughout may have a budget of 0."""
+    return [
+        0.0 if error == 0 else error / budget if budget else math.inf
+        for error, budget in zip(errors, budgets, strict=True)
     ]

@@ -76,6 +76,16 @@ class Result:
     peak_memory_bytes: int | None = None
     memory_ratio: float | None = None
 
+    def compare_with(self, limits: Limits, case: Case) -> None:
+        """Say how near to a machine's limits the case came, if it was timed."""
+        if self.seconds is None:
+            return
+        least = least_seconds(case, self.mode, limits)
+        self.flops = case.flops(self.mode)
+        self.bytes = compulsory_bytes(case, self.mode)
+        self.limit_seconds, self.limited_by = least.seconds, least.limited_by
+        self.fraction_of_limit = least.seconds / self.seconds.p50
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -111,8 +121,8 @@ def measure(
         device: where to run.
         seconds: how long to take samples.
         limits: of the device, in the case's dtype.
-        memory: measure the peak memory of torch's layer and of ours; on a CPU this takes a process
-            each.
+        memory: measure the peak memory of each; on a CPU torch's layer's and ours, which takes a
+            process each.
     """
     parameters = cases.make_parameters(case, device)
     first = cases.make_data(case, device)
@@ -129,7 +139,7 @@ def measure(
         results = [
             comparison.check(provider, launch)
             for provider in providers
-            for launch in provider.launches(device)
+            for launch in provider.launches(case, mode, device)
         ]
         samples = comparison.time(seconds, limits)
         if memory:
@@ -189,7 +199,12 @@ class _Comparison:
         call: timing.Call = eager
         if launch == "graph":
             call = timing.capture(eager, len(self.data))
-        errors = cases.largest_errors(call(0), self.exact)
+        results = call(0)
+        for name, tensor in zip(self.names, results, strict=False):
+            if tensor.dtype != case.dtype:
+                raise TypeError(f"{name} is of {tensor.dtype}, not of {case.dtype}")
+        errors = cases.largest_errors(results, self.exact)
+        del results
         if not self.budgets:
             if provider != TORCH:
                 raise UnavailableError(
@@ -201,11 +216,7 @@ class _Comparison:
             name: {"error": error, "budget": budget}
             for name, error, budget in zip(self.names, errors, self.budgets, strict=True)
         }
-        # A result that is zero throughout may have a budget of zero.
-        ratios = {
-            name: 0.0 if error == 0 else error / budget if budget else math.inf
-            for name, error, budget in zip(self.names, errors, self.budgets, strict=True)
-        }
+        ratios = dict(zip(self.names, cases.over_budget(errors, self.budgets), strict=True))
         # The maximum of a list with NaN in it depends on the order.
         worst = max(ratios, key=lambda name: math.inf if math.isnan(ratios[name]) else ratios[name])
         result.error_over_budget = ratios[worst]
@@ -240,7 +251,8 @@ class _Comparison:
         """Time the contenders in turns."""
         if not self.calls:
             return {}
-        least = least_seconds(self.case, self.mode, limits)
+        # What failed in a graph is tried again: eager calls would fall back in silence.
+        ops._failed.clear()
         samples = timing.time_in_turns(
             self.calls,
             self.device,
@@ -255,10 +267,7 @@ class _Comparison:
             result.repetitions = len(taken.seconds)
             result.seconds = timing.percentiles(taken.seconds)
             result.host_seconds = timing.percentiles(taken.host) if taken.host else None
-            result.flops = self.case.flops(self.mode)
-            result.bytes = compulsory_bytes(self.case, self.mode)
-            result.limit_seconds, result.limited_by = least.seconds, least.limited_by
-            result.fraction_of_limit = least.seconds / result.seconds.p50
+            result.compare_with(limits, self.case)
             baseline = samples.get((TORCH.name, launch))
             if baseline is not None:
                 result.ratio = statistics.median(baseline.seconds) / result.seconds.p50
@@ -271,11 +280,15 @@ class _Comparison:
             result = self.results.get((provider.name, "eager"))
             if result is None:
                 continue
-            if self.device.type == "cuda":
-                call = self.calls[provider.name, "eager"]
-                result.peak_memory_bytes = peak_of_call(partial(call, 0), self.device)
-            else:
-                result.peak_memory_bytes = peak_of_provider(provider, self.case, self.mode)
+            try:
+                if self.device.type == "cuda":
+                    call = self.calls[provider.name, "eager"]
+                    result.peak_memory_bytes = peak_of_call(partial(call, 0), self.device)
+                else:
+                    result.peak_memory_bytes = peak_of_provider(provider, self.case, self.mode)
+            except RuntimeError as error:
+                # The times stand.
+                result.detail = f"peak memory not measured: {error}"
             theirs = self.results.get((TORCH.name, "eager"))
             if result.peak_memory_bytes is not None and theirs and theirs.peak_memory_bytes:
                 result.memory_ratio = result.peak_memory_bytes / theirs.peak_memory_bytes

@@ -93,13 +93,16 @@ def peak_of_provider(provider: Provider, case: Case, mode: str) -> int | None:
         "mode": mode,
         "threads": torch.get_num_threads(),
     }
-    child = subprocess.run(
-        [sys.executable, "-m", "fused_lstm.bench.memory", json.dumps(order)],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "fused_lstm.bench.memory", json.dumps(order)],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(str(error)) from error
     if child.returncode != 0:
         raise RuntimeError(f"measuring the memory of {provider.name} failed:\n{child.stderr}")
     return int(child.stdout)

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 import fused_lstm
 from fused_lstm.backends import ORDER
-from fused_lstm.bench.cases import Case, Data, Layer, make_data, run_layer
+from fused_lstm.bench.cases import (
+    MOST_STEPS_OF_CUDNN,
+    Case,
+    Data,
+    Layer,
+    LSTMInChunks,
+    make_data,
+    run_layer,
+    torch_layer,
+)
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +45,9 @@ BACKENDS = ("default", *ORDER)
 # torch.compile writes out every step where there is a backward pass: 16 steps of 64 units took it
 # 22 s on two cores of an EPYC.
 _MOST_COMPILED_STEPS = 20
+_MOST_STEPS_OF_GRAPH = 4096
+# A millisecond or more, on any GPU.
+_MOST_GRAPH_FLOPS = 10**12
 
 
 class UnavailableError(RuntimeError):
@@ -94,9 +106,16 @@ class Provider(ABC):
             UnavailableError: if it cannot be done here.
         """
 
-    def launches(self, device: torch.device) -> tuple[str, ...]:
-        """List how it is launched on a device: "eager", and in a CUDA "graph"."""
-        return ("eager", "graph") if self.graphs and device.type == "cuda" else ("eager",)
+    def launches(self, case: Case, mode: str, device: torch.device) -> tuple[str, ...]:
+        """List how it runs a case: "eager", and on a GPU in a CUDA "graph" where that tells more.
+
+        Where products take long the host is ahead anyway, and a graph holds all memory of a call;
+        and those who launch something at each step would make graphs of millions of nodes.
+        """
+        tells_more = case.shape.T <= _MOST_STEPS_OF_GRAPH and case.flops(mode) <= _MOST_GRAPH_FLOPS
+        if self.graphs and device.type == "cuda" and tells_more:
+            return ("eager", "graph")
+        return ("eager",)
 
 
 def _layer(
@@ -119,10 +138,11 @@ class TorchProvider(Provider):
         self, case: Case, parameters: dict[str, Tensor], device: torch.device, mode: str
     ) -> Prepared:
         """Build the layer."""
-        layer = _layer(case, parameters, device, mode, nn.LSTM, nn.LSTMCell)
-        return Prepared(
-            partial(run_layer, layer), "torch", "the layer that the others are compared with"
-        )
+        layer = torch_layer(case, parameters, device, case.dtype).train(mode == "training")
+        reason = "the layer that the others are compared with"
+        if isinstance(layer, LSTMInChunks):
+            reason += f", in chunks of {MOST_STEPS_OF_CUDNN} steps, the most that cuDNN takes"
+        return Prepared(partial(run_layer, layer), "torch", reason)
 
 
 class CompiledProvider(Provider):

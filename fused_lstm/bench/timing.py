@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,8 +24,10 @@ WARM_UP = 1
 # Inputs are rotated over this many sets at most.
 MAX_SETS = 4
 
-# GPU cycles of waiting, some 50 µs, in which the host can put a graph into the queue.
-_HEAD_START_CYCLES = 100_000
+# The device waits so long before the clock starts, that the host can put its work into the queue:
+# half as much again as the host needs, and at least some 50 µs. At 2 GHz, the most of any GPU.
+_CYCLES_PER_SECOND = 2e9
+_LEAST_HEAD_START = 5e-5
 
 
 @dataclass
@@ -56,7 +59,13 @@ def percentiles(values: list[float]) -> Percentiles:
 
 
 def take_sample(
-    call: Call, index: int, device: torch.device, queued: bool, into: Samples, calls: int = 1
+    call: Call,
+    index: int,
+    device: torch.device,
+    queued: bool,
+    into: Samples,
+    calls: int = 1,
+    host: float = 0.0,
 ) -> None:
     """Time a call, or a block of calls one after the other, which starts on an idle device.
 
@@ -68,6 +77,7 @@ def take_sample(
             queue, so that the device's time alone is taken (for graphs).
         into: where the times are added, divided by the number of calls.
         calls: how many.
+        host: seconds that the host is known to need for one.
     """
     if device.type == "cpu":
         start = time.perf_counter()
@@ -82,16 +92,17 @@ def take_sample(
     )
     torch.cuda.synchronize(device)
     if queued:
-        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        head_start = max(_LEAST_HEAD_START, 1.5 * host * calls)
+        torch.cuda._sleep(int(head_start * _CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
     begin.record()
     start = time.perf_counter()
     for _ in range(calls):
         result = call(index)
-    host = time.perf_counter() - start
+    taken = time.perf_counter() - start
     end.record()
     end.synchronize()
     del result
-    into.host.append(host / calls)
+    into.host.append(taken / calls)
     into.seconds.append(begin.elapsed_time(end) / 1e3 / calls)
 
 
@@ -118,9 +129,11 @@ def time_in_turns(
             with threads of its own, while those of the contender before still wait for work.
     """
     samples = {key: Samples() for key in calls}
+    warm_up = {key: Samples() for key in calls}
     for index in range(WARM_UP):
         for key, call in calls.items():
-            take_sample(call, index % sets, device, queued(key), Samples(), calls_per_sample)
+            take_sample(call, index % sets, device, False, warm_up[key], calls_per_sample)
+    host = {key: max(taken.host, default=0.0) for key, taken in warm_up.items()}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -134,7 +147,13 @@ def time_in_turns(
                 if settles(key):
                     calls[key](turn % sets)
                 take_sample(
-                    calls[key], turn % sets, device, queued(key), samples[key], calls_per_sample
+                    calls[key],
+                    turn % sets,
+                    device,
+                    queued(key),
+                    samples[key],
+                    calls_per_sample,
+                    host[key],
                 )
             turn += 1
     finally:
@@ -170,27 +189,23 @@ def capture(call: Call, sets: int) -> Call:
     pool = torch.cuda.graph_pool_handle()
     graphs: list[torch.cuda.CUDAGraph] = []
     results: list[tuple[Tensor, ...]] = []
-    for index in range(sets):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            result = call(index)
-        graphs.append(graph)
-        # Without the autograd graph, whose nodes would tie later calls to the capture's stream.
-        results.append(tuple(tensor.detach() for tensor in result))
-        del result
+    # A capture that fails would leave its own stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        for index in range(sets):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                result = call(index)
+            graphs.append(graph)
+            # Without the autograd graph, whose nodes would tie later calls to the capture's stream.
+            results.append(tuple(tensor.detach() for tensor in result))
+            del result
+    for tensors in results:
+        for tensor in tensors:
+            # What the first run has left there is no result of a replay.
+            tensor.fill_(math.nan)
 
     def replay(index: int) -> tuple[Tensor, ...]:
         graphs[index].replay()
         return results[index]
 
     return replay
-
-
-def peak_memory(call: Call, device: torch.device) -> int:
-    """Bytes of GPU memory that a call needs beyond what was allocated before it."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call(0)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
