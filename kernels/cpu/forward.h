@@ -259,20 +259,31 @@ class ForwardMember : protected Member {
     const int64_t t = timeline_.time(k);
     const int64_t hidden = plan_.hidden, unit = block * S::kWidth, count = hidden - unit;
     const Real *weights = panel(block);
-    // h·W_hhᵀ by itself first: added to what x has made, every one of its products would be rounded
-    // at the size of that.
-    Vector a[ROWS][4] = {};
+    // h·W_hhᵀ is summed by itself: added to what x has made, every one of its products would be
+    // rounded at the size of that.
+    Vector a[ROWS][4], from_x[ROWS][4];
     const Real *rows[ROWS];
-    _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) rows[q] = recurrent_row(k, place + q);
-    accumulate<Real, ROWS, 4>(a, rows, weights + plan_.inputs * kTile, plan_.features);
     if (source_ == kFused) {
+      _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
+        const Vector b = S::load(bias(block) + gate * S::kWidth);
+        _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) a[q][gate] = b;
+      }
       _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
         rows[q] = plan_.x.at(t, timeline_.row(place + q));
       }
       accumulate<Real, ROWS, 4>(a, rows, weights, plan_.inputs);
-      _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
-        const Vector b = S::load(bias(block) + gate * S::kWidth);
-        _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) a[q][gate] += b;
+      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
+        _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) from_x[q][gate] = a[q][gate];
+      }
+    }
+    _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
+      rows[q] = recurrent_row(k, place + q);
+      _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) a[q][gate] = Vector{};
+    }
+    accumulate<Real, ROWS, 4>(a, rows, weights + plan_.inputs * kTile, plan_.features);
+    if (source_ == kFused) {
+      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
+        _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) a[q][gate] += from_x[q][gate];
       }
     } else if (source_ == kStaged) {
       const Real *in = stage_ + ((block - blocks_.begin) * kStagedRows + staged_row) * kTile;
