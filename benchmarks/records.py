@@ -22,7 +22,7 @@ import torch
 from benchmarks import peers, shapes
 from benchmarks.units import hash_of, write_text
 from fused_lstm.bench.cases import Case
-from fused_lstm.bench.comparison import Result
+from fused_lstm.bench.comparison import Measured, Result
 from fused_lstm.bench.limits import Limits
 from fused_lstm.bench.timing import Percentiles
 
@@ -301,9 +301,8 @@ class Recorder:
         case: Case,
         groups: Sequence[str],
         limits: Limits,
-        sets: int,
         seconds: float,
-        results: Sequence[Result],
+        measured: Measured,
     ) -> None:
         """Add a case's results in one mode, and write the case's record.
 
@@ -311,16 +310,17 @@ class Recorder:
             case: what was run.
             groups: those that it belongs to.
             limits: of the device, in the case's dtype.
-            sets: of inputs that were rotated over.
             seconds: time given to each mode.
-            results: of every provider and launch.
+            measured: of every provider and launch.
         """
-        self._keep_recorded(case, results)
-        self._keep(case, results)
+        self._keep_recorded(case, measured.results)
+        self._keep(case, measured.results)
+        calls = self._settings.get(case.name, {}).get("calls_per_sample", {})
+        mode = measured.results[0].mode
         self._settings[case.name] = {
             "groups": list(groups),
-            "input_sets": sets,
-            "calls_per_sample": case.calls_per_sample,
+            "input_sets": measured.sets,
+            "calls_per_sample": {**calls, mode: measured.calls_per_sample},
             "seconds_per_mode": seconds,
         }
         self._write(case, limits)

@@ -181,7 +181,7 @@ class Suite:
             # pytest keeps the error, and its frames would keep tensors and graphs.
             traceback.clear_frames(error.__traceback__)
             raise
-        recorder.add(plan.case, plan.groups, limits, measured.sets, self.seconds, measured.results)
+        recorder.add(plan.case, plan.groups, limits, self.seconds, measured)
         self._durations.append(time.monotonic() - begun)
         return measured
 

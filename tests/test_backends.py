@@ -122,9 +122,11 @@ def products_of_bfloat16(monkeypatch):
 @pytest.mark.parametrize(
     ("hidden_size", "batch", "training", "default"),
     [
-        (64, 64, False, LAYERS),
-        (64, 64, True, LAYERS),
-        (128, 64, False, "aten"),
+        (64, 8, False, LAYERS),
+        (64, 8, True, LAYERS),
+        (64, 64, False, "aten"),
+        (64, 64, True, "aten"),
+        (128, 8, False, "aten"),
         (256, 16, True, "aten"),
         (512, 1, False, "aten"),
         (512, 1, True, LAYERS),

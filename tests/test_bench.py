@@ -380,11 +380,13 @@ def test_figures_are_those_of_the_samples(monkeypatch) -> None:
         return taken
 
     monkeypatch.setattr(timing, "time_in_turns", time_in_turns)
+    monkeypatch.setattr(timing, "calls_of_block", lambda call: 17)
     cell = Case(Shape(1, 2, 4, 5, cell=True), "float32")
     # Products take 4 s.
     limits = Limits(cell.flops("inference") / 4.0)
     got = measure(cell, "inference", [TORCH, OURS], CPU, 7.0, limits)
-    assert asked == [(list(taken), CPU, 7.0, 1, cases.CALLS_PER_SAMPLE_OF_CELL)]
+    assert asked == [(list(taken), CPU, 7.0, 1, 17)]
+    assert got.calls_per_sample == 17
     assert got.samples == taken
     torchs, ours = got.results
     assert (torchs.ratio, torchs.ratio_of_pairs) == (1, 1)
@@ -513,7 +515,8 @@ def test_memory_is_that_of_what_was_timed(monkeypatch) -> None:
 # ---- time
 
 
-def test_contenders_take_turns_and_sets_rotate() -> None:
+def test_contenders_take_turns_and_sets_rotate(monkeypatch) -> None:
+    monkeypatch.setattr(timing, "MIN_REPETITIONS", 5)
     order = []
     calls = {name: lambda index, name=name: order.append((name, index)) for name in "ab"}
     samples = timing.time_in_turns(calls, CPU, 1e-9, sets=2)
@@ -682,3 +685,14 @@ def test_a_table_has_memory_host_time_and_launches_where_they_are(monkeypatch, c
     assert " ".join(ours.split()) == (
         "inference fused_lstm (native), graph 2.35 1.23 to 500 0.00200 12.3% 0.46 1.5"
     )
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-6, 20), (2e-4, 10), (1e-3, 2), (0.5, 1)])
+def test_short_calls_are_timed_in_blocks(monkeypatch, seconds, calls) -> None:
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(index: int) -> None:
+        now[0] += seconds
+
+    assert timing.calls_of_block(call) == calls

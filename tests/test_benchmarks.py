@@ -169,7 +169,9 @@ def test_a_run_leaves_complete_records(run_suite, tmp_path) -> None:
             **{field.name: getattr(case.shape, field.name) for field in fields(Shape)},
         }
         assert record["groups"] == [group]
-        assert (record["input_sets"], record["calls_per_sample"]) == (1, 1)
+        assert record["input_sets"] == 1
+        assert set(record["calls_per_sample"]) == set(cases.MODES)
+        assert all(1 <= calls <= 20 for calls in record["calls_per_sample"].values())
         assert record["seconds_per_mode"] == 0.005
         assert record["limits"] == summary["limits"][case.dtype_name]
         assert record["limits"]["gemm_flops_per_second"] > 0
@@ -413,7 +415,7 @@ def test_a_case_that_would_not_fit_is_not_begun(monkeypatch, tmp_path) -> None:
 
     def measure(*arguments, **options):
         now[0] += next(durations)
-        return Measured([], {}, 1)
+        return Measured([replace(TIMED)], {}, 1)
 
     monkeypatch.setattr(comparison, "measure", measure)
     monkeypatch.setattr(suite, "measure_gemm", lambda *arguments: limited.append(now[0]) or 1.0)
@@ -506,6 +508,7 @@ ENVIRONMENT = Environment(
 )
 TIMED = Result("torch", "inference", "eager", "timed", seconds=Percentiles(1.0, 2.0, 3.0))
 CONTENDERS = [("torch", "eager")]
+MEASURED = Measured([TIMED], {}, 1)
 
 
 @pytest.mark.parametrize(
@@ -528,7 +531,7 @@ CONTENDERS = [("torch", "eager")]
 )
 def test_a_record_of_another_environment_is_not_resumed(tmp_path, change, same) -> None:
     Recorder(tmp_path, ENVIRONMENT, budget=1, resume=False).add(
-        TINY, (), Limits(1.0), 1, 0.1, [TIMED]
+        TINY, (), Limits(1.0), 0.1, MEASURED
     )
     recorder = Recorder(tmp_path, replace(ENVIRONMENT, **change), budget=1, resume=True)
     assert recorder.resumed(TINY, "inference", CONTENDERS) == ([TIMED] if same else None)
@@ -540,7 +543,7 @@ def test_a_record_of_another_environment_is_not_resumed(tmp_path, change, same) 
 
 def test_all_cases_are_compared_with_the_best_of_the_limits(tmp_path) -> None:
     recorder = Recorder(tmp_path, ENVIRONMENT, budget=1, resume=False)
-    recorder.add(TINY, ("small",), Limits(1e3), 1, 0.1, [replace(TIMED)])
+    recorder.add(TINY, ("small",), Limits(1e3), 0.1, Measured([replace(TIMED)], {}, 1))
     recorder.finish({"float32": Limits(2e3)})
     contents = read_records(tmp_path)
     record = contents[f"{TINY.name}.json"]
@@ -559,7 +562,7 @@ def test_all_cases_are_compared_with_the_best_of_the_limits(tmp_path) -> None:
 
 def test_a_record_of_another_schema_is_not_resumed(tmp_path) -> None:
     Recorder(tmp_path, ENVIRONMENT, budget=1, resume=False).add(
-        TINY, (), Limits(1.0), 1, 0.1, [TIMED]
+        TINY, (), Limits(1.0), 0.1, MEASURED
     )
     recorder = Recorder(tmp_path, ENVIRONMENT, budget=1, resume=True)
     path = recorder.path_of(TINY)

@@ -125,7 +125,8 @@ def _why_pytorchs_own(problem: Problem) -> str:
         return "PyTorch's cell is faster to train at this size: a single step repays no packing"
     if problem.dtype == torch.bfloat16:
         one_by_one = problem.training and problem.batch < 4
-        if problem.hidden_size > 64 and not one_by_one and multiplies_bfloat16():
+        large = problem.batch > 8 or (problem.hidden_size > 64 and not one_by_one)
+        if large and multiplies_bfloat16():
             return "in float32, while oneDNN multiplies in bfloat16 on this CPU"
         if problem.hidden_size > 384 and problem.batch < 16 and not problem.training:
             return "in float32, few rows of large weights read twice the bytes of oneDNN's"

@@ -20,9 +20,6 @@ MODES = ("inference", "training")
 # "float32" has IEEE products on every device; "tf32" is float32 whose products may be TF32's.
 DTYPES = ("bfloat16", "float16", "float32", "tf32", "float64")
 
-# A call of a cell is too short to be timed by itself: a block runs as in a stream, on warm caches.
-CALLS_PER_SAMPLE_OF_CELL = 20
-
 # What a layer's call returns, and in training besides the gradient of each parameter.
 OUTPUTS = ("output", "h_n", "c_n")
 CELL_OUTPUTS = ("h_1", "c_1")
@@ -105,11 +102,6 @@ class Case:
     def name(self) -> str:
         """The shape's name, then the dtype's."""
         return f"{self.shape.name}-{self.dtype_name}"
-
-    @property
-    def calls_per_sample(self) -> int:
-        """How many calls are timed together."""
-        return CALLS_PER_SAMPLE_OF_CELL if self.shape.cell else 1
 
     @property
     def dtype(self) -> torch.dtype:

@@ -21,6 +21,9 @@ from fused_lstm.bench.memory import peak_of_call, peak_of_provider
 from fused_lstm.bench.providers import TORCH, Provider, UnavailableError
 from fused_lstm.bench.timing import Percentiles
 
+# On a GPU, calls of a single step run as in a stream.
+_CALLS_OF_ONE_STEP = 20
+
 __all__ = ["Measured", "Result", "measure"]
 
 
@@ -95,11 +98,13 @@ class Measured:
         results: of every provider and launch.
         samples: times of those that were timed, by provider and launch.
         sets: number of sets of inputs that were rotated over.
+        calls_per_sample: calls that a sample is the mean of.
     """
 
     results: list[Result]
     samples: dict[tuple[str, str], timing.Samples]
     sets: int
+    calls_per_sample: int = 1
 
 
 def measure(
@@ -144,7 +149,7 @@ def measure(
         samples = comparison.time(seconds, limits)
         if memory:
             comparison.measure_memory(providers)
-    return Measured(results, samples, sets)
+    return Measured(results, samples, sets, comparison.calls_per_sample)
 
 
 class _Comparison:
@@ -168,6 +173,7 @@ class _Comparison:
         self.calls: dict[tuple[str, str], timing.Call] = {}
         self.results: dict[tuple[str, str], Result] = {}
         self.with_own_threads: set[str] = set()
+        self.calls_per_sample = 1
 
     def check(self, provider: Provider, launch: str) -> Result:
         """Compare a provider's results with float64; it is a contender if they are right."""
@@ -251,6 +257,11 @@ class _Comparison:
         """Time the contenders in turns."""
         if not self.calls:
             return {}
+        if self.device.type == "cpu":
+            # The first is torch's, if that can run: blocks are as long for everyone.
+            self.calls_per_sample = timing.calls_of_block(next(iter(self.calls.values())))
+        elif self.case.shape.T == 1:
+            self.calls_per_sample = _CALLS_OF_ONE_STEP
         # What failed in a graph is tried again: eager calls would fall back in silence.
         ops._failed.clear()
         samples = timing.time_in_turns(
@@ -258,7 +269,7 @@ class _Comparison:
             self.device,
             seconds,
             sets=len(self.data),
-            calls_per_sample=self.case.calls_per_sample,
+            calls_per_sample=self.calls_per_sample,
             queued=lambda key: key[1] == "graph",
             settles=lambda key: key[0] in self.with_own_threads,
         )

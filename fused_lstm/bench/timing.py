@@ -17,8 +17,12 @@ Key = TypeVar("Key")
 # Takes the number of the set of inputs to run on.
 Call = Callable[[int], Any]
 
-MIN_REPETITIONS = 5
+MIN_REPETITIONS = 7
 MAX_REPETITIONS = 1000
+# On a CPU, short calls are timed in blocks that take about so long: after another contender's turn
+# the first of them finds cold caches and sleeping threads, and in a stream of calls they do not.
+_BLOCK_SECONDS = 2e-3
+_MOST_CALLS_OF_BLOCK = 20
 # Calls of each contender before time is taken, besides the one that was checked.
 WARM_UP = 1
 # Inputs are rotated over this many sets at most.
@@ -104,6 +108,14 @@ def take_sample(
     del result
     into.host.append(taken / calls)
     into.seconds.append(begin.elapsed_time(end) / 1e3 / calls)
+
+
+def calls_of_block(call: Call) -> int:
+    """Choose how many calls on a CPU are timed together, by how long one takes."""
+    samples = Samples()
+    for _ in range(3):
+        take_sample(call, 0, torch.device("cpu"), False, samples)
+    return max(1, min(_MOST_CALLS_OF_BLOCK, round(_BLOCK_SECONDS / min(samples.seconds))))
 
 
 def time_in_turns(
