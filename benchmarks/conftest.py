@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         records.describe_environment(device),
         budget=config.getoption("--budget"),
         resume=config.getoption("--resume"),
+        whole=options.whole(config),
     )
     seconds = config.getoption("--seconds") or options.DEFAULT_SECONDS[device.type]
     config.stash[_SUITE] = Suite(device, seconds, recorder)
@@ -113,8 +114,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Additions come last. No case has a time limit of its own: --budget is for all of them."""
-    items.sort(key=lambda item: item.path.name == "test_additions.py")
+    """Order what runs. No case has a time limit of its own: --budget is for all of them.
+
+    Additions come first on a CPU, for whose figures there has to be time, and last on a GPU.
+    """
+    on_cpu = config.stash[_SUITE].device.type == "cpu"
+    items.sort(key=lambda item: (item.path.name == "test_additions.py") != on_cpu)
     if config.pluginmanager.hasplugin("timeout"):
         for item in items:
             item.add_marker(pytest.mark.timeout(0))

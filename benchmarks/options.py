@@ -13,7 +13,15 @@ from benchmarks.suite import PROVIDERS, Plan, list_plans
 from fused_lstm.bench.arguments import device_argument, positive_count, positive_number
 from fused_lstm.bench.cases import DTYPES, MODES
 
-__all__ = ["DEFAULT_SECONDS", "add_options", "check_selection", "modes", "plans", "wants_addition"]
+__all__ = [
+    "DEFAULT_SECONDS",
+    "add_options",
+    "check_selection",
+    "modes",
+    "plans",
+    "wants_addition",
+    "whole",
+]
 
 DEFAULT_SECONDS = {"cpu": 1.0, "cuda": 0.3}
 _CHOICES = {
@@ -77,6 +85,11 @@ def plans(config: pytest.Config, device: torch.device) -> list[Plan]:
         dtypes=config.getoption("--dtype"),
         providers=config.getoption("--provider"),
     )
+
+
+def whole(config: pytest.Config) -> bool:
+    """Tell whether no option leaves out anything."""
+    return not any(config.getoption(f"--{name}") for name in _CHOICES)
 
 
 def wants_addition(config: pytest.Config, mode: str) -> bool:

@@ -217,14 +217,22 @@ class Recorder:
         folder: of all devices' records.
         environment: where and with what the run is made.
         budget: seconds for the run.
-        resume: whether what records of the same commit and versions hold is not measured again.
+        resume: whether what records of the same sources and versions hold is not measured again.
+        whole: whether it is a run of all cases; one of some leaves the last whole run's record.
     """
 
     def __init__(
-        self, folder: Path, environment: Environment, *, budget: float, resume: bool
+        self,
+        folder: Path,
+        environment: Environment,
+        *,
+        budget: float,
+        resume: bool,
+        whole: bool = True,
     ) -> None:
         self.folder = folder / environment.slug
         self.environment, self.budget, self.resume = environment, budget, resume
+        self.whole = whole
         self.done: dict[str, tuple[Case, list[Result]]] = {}
         # Of the cases that this run itself has measured.
         self._settings: dict[str, dict[str, Any]] = {}
@@ -355,7 +363,7 @@ class Recorder:
         )
         suffix = TUNED_ALLOCATOR_SUFFIX if allocator_is_tuned() else ""
         path = self.folder / f"run{suffix}.json"
-        if not done and path.exists():
+        if path.exists() and not (done and self.whole):
             return run
         known = {dtype: asdict(each) for dtype, each in limits.items()}
         if self.can_resume(path):

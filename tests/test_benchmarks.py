@@ -587,6 +587,17 @@ def test_a_mode_that_is_recorded_stays_when_the_other_is_added(run_suite, tmp_pa
     ]
 
 
+def test_a_run_of_some_cases_leaves_the_record_of_the_whole_run(run_suite, tmp_path) -> None:
+    run_suite("--group", "small")
+    # There is no other.
+    assert read_records(tmp_path / "out")["run.json"]["cases"] == [TINY.name]
+    run_suite()
+    whole = read_records(tmp_path / "out")["run.json"]
+    assert whole["cases"] == [TINY.name, SECOND.name]
+    assert run_suite("--group", "small").status == 0
+    assert read_records(tmp_path / "out")["run.json"] == whole
+
+
 def test_a_provider_that_is_not_recorded_is_measured_by_a_run_that_resumes(
     run_suite, tmp_path
 ) -> None:

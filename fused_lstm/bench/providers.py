@@ -151,7 +151,7 @@ class CompiledProvider(Provider):
     def prepare(
         self, case: Case, parameters: dict[str, Tensor], device: torch.device, mode: str
     ) -> Prepared:
-        """Have the layer compiled, at the first call."""
+        """Have the layer compiled."""
         T = case.shape.T
         # In inference on a CPU one call of oneDNN stays one.
         written_out = mode == "training" or device.type == "cuda"
@@ -167,13 +167,19 @@ class CompiledProvider(Provider):
         layer = _layer(case, parameters, device, mode, nn.LSTM, nn.LSTMCell)
         torch.compiler.reset()
         compiled: nn.Module = torch.compile(layer, fullgraph=True, dynamic=False)  # type: ignore[assignment]
-
-        def call(data: Data) -> tuple[Tensor, ...]:
-            # Without this option the compiler stops at every RNN.
-            with torch._dynamo.config.patch(allow_rnn=True):
-                return run_layer(compiled, data)
-
-        return Prepared(call, "torch.compile", "the default options, fullgraph, static shapes")
+        # Without the first option the compiler stops at every RNN; without the second, processes
+        # that it starts are still at work while others are timed.
+        with (
+            torch._dynamo.config.patch(allow_rnn=True),
+            torch._inductor.config.patch(compile_threads=1),
+            torch.set_grad_enabled(mode == "training"),
+        ):
+            run_layer(compiled, make_data(case, device))
+        return Prepared(
+            partial(run_layer, compiled),
+            "torch.compile",
+            "the default options, fullgraph, static shapes",
+        )
 
 
 @dataclass(frozen=True)
