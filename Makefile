@@ -17,7 +17,7 @@ OUT ?= out
 RESULTS ?= benchmarks/results
 # For all cases; what does not fit is said.
 BENCH_SECONDS ?= 700
-# With TUNED_ALLOCATOR=1: benchmarks/records.py says what for.
+# With TUNED_ALLOCATOR=1: benchmarks/environment.py says what for.
 ALLOCATOR := $(if $(TUNED_ALLOCATOR),MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296)
 
 .PHONY: help venv demo test lint format bench report gpu clean

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import options, records, shapes
+from benchmarks import environment, options, shapes
 from benchmarks.records import Recorder
 from benchmarks.report import SLOWER_BELOW
 from benchmarks.suite import NotRunError, Plan, Suite
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ) from None
     recorder = Recorder(
         out,
-        records.describe_environment(device),
+        environment.describe_environment(device),
         budget=config.getoption("--budget"),
         resume=config.getoption("--resume"),
         whole=options.whole(config),
@@ -69,9 +69,9 @@ def _usable_device(device: torch.device) -> torch.device:
 
 
 def _check_allocator(device: torch.device) -> None:
-    if not records.allocator_is_tuned():
+    if not environment.allocator_is_tuned():
         return
-    names = " and ".join(records.TUNED_ALLOCATOR)
+    names = " and ".join(environment.TUNED_ALLOCATOR)
     if device.type != "cpu":
         raise pytest.UsageError(f"{names} are set: expected --device cpu, got {str(device)!r}")
     library, version = platform.libc_ver()
@@ -84,10 +84,10 @@ def _check_allocator(device: torch.device) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    environment = config.stash[_SUITE].recorder.environment
+    here = config.stash[_SUITE].recorder.environment
     return (
-        f"device: {environment.device}, {environment.threads} threads, load average "
-        f"{environment.load_average}; torch {environment.torch}"
+        f"device: {here.device}, {here.threads} threads, load average {here.load_average}; "
+        f"torch {here.torch}"
     )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import records, shapes
+from benchmarks import shapes
+from benchmarks.environment import allocator_is_tuned
 from benchmarks.suite import PROVIDERS, Plan, list_plans
 from fused_lstm.bench.arguments import device_argument, positive_count, positive_number
 from fused_lstm.bench.cases import DTYPES, MODES
@@ -72,7 +73,7 @@ def add_options(parser: pytest.Parser) -> None:
 
 def modes(config: pytest.Config) -> list[str]:
     """List the modes to run: with a tuned allocator training alone, which takes large blocks."""
-    possible = ("training",) if records.allocator_is_tuned() else MODES
+    possible = ("training",) if allocator_is_tuned() else MODES
     return [mode for mode in possible if mode in (config.getoption("--mode") or MODES)]
 
 
@@ -98,7 +99,7 @@ def wants_addition(config: pytest.Config, mode: str) -> bool:
     return (
         (shapes.ADDITIONS in groups if groups else not config.getoption("--provider"))
         and (not dtypes or "float32" in dtypes)
-        and not records.allocator_is_tuned()
+        and not allocator_is_tuned()
         and mode in modes(config)
     )
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from benchmarks.report import Device, Record, Result
+    from benchmarks.reading import Device, Record, Result
 
 __all__ = [
     "CPU_DTYPE",

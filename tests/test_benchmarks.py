@@ -17,8 +17,10 @@ import torch
 
 import benchmarks.test_additions as suite_of_additions
 import fused_lstm
-from benchmarks import additions, records, shapes, suite
-from benchmarks.records import Environment, Recorder
+from benchmarks import additions, records, shapes, suite, units
+from benchmarks import environment as environments
+from benchmarks.environment import Environment
+from benchmarks.records import Recorder
 from benchmarks.shapes import Group
 from fused_lstm.bench import cases, comparison, limits, timing
 from fused_lstm.bench.cases import Case, Shape
@@ -47,7 +49,7 @@ def _small_and_repeatable(monkeypatch):
     monkeypatch.setattr(limits, "_COPY_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(limits, "_SECONDS", 1e-4)
     # pytest-benchmark would not measure in a worker of pytest-xdist.
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS", *records.TUNED_ALLOCATOR):
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS", *environments.TUNED_ALLOCATOR):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     # Each timing begins with a collection, of what all tests have loaded.
@@ -662,9 +664,9 @@ def test_a_gpu_that_is_not_there_is_an_error(run_suite, tmp_path) -> None:
 @pytest.fixture
 def tuned_allocator(monkeypatch):
     """An environment as if the allocator had been told; the library is what a test says."""
-    for name, value in records.TUNED_ALLOCATOR.items():
+    for name, value in environments.TUNED_ALLOCATOR.items():
         monkeypatch.setenv(name, value)
-    assert set(records.TUNED_ALLOCATOR.values()) == {"4294967296"}
+    assert set(environments.TUNED_ALLOCATOR.values()) == {"4294967296"}
 
     def library(*version):
         monkeypatch.setattr("platform.libc_ver", lambda: version)
@@ -797,12 +799,12 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch) -> None:
         raise OSError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "replace", replaced)
+        patch.setattr(units.os, "replace", replaced)
         with pytest.raises(OSError, match="no room"):
             records.write_json(path, {"c": 1})
     assert json.loads(path.read_text())["b"] == "-inf"
     assert list(path.parent.iterdir()) == [path]
-    assert records.os.replace is move
+    assert units.os.replace is move
     records.write_json(path, {"c": 1})
     assert json.loads(path.read_text()) == {"c": 1}
 
@@ -816,7 +818,7 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch) -> None:
     ],
 )
 def test_a_device_is_a_folder(text, slug) -> None:
-    assert records._slug(text) == slug
+    assert environments._slug(text) == slug
 
 
 # ---- shapes

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plots, report
+from benchmarks import plots, reading, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (
@@ -339,7 +339,7 @@ def section(root, name="performance"):
 
 def performance(folder):
     """The section on speed, its lines joined."""
-    written = report.write_performance(report.read_devices(folder.parent), folder.parents[1])
+    written = report.write_performance(reading.read_devices(folder.parent), folder.parents[1])
     return re.sub(r"\n(?!\n|[|<-])\s*", " ", written)
 
 
@@ -374,7 +374,7 @@ def test_every_picture_is_linked_and_small(drawn) -> None:
 
 
 def test_a_picture_is_the_same_when_drawn_again(drawn, tmp_path) -> None:
-    (device,) = (d for d in report.read_devices(drawn / "results") if "epyc" in d.folder.name)
+    (device,) = (d for d in reading.read_devices(drawn / "results") if "epyc" in d.folder.name)
     for picture in plots.list_pictures(device):
         if picture.file_name == "sweep-h-float32.png":
             picture.write(tmp_path)
@@ -446,7 +446,7 @@ def set_ratios(path, ratio, mode=None):
 
 
 def test_a_case_where_ours_is_slower_is_counted_named_and_bold(one_device) -> None:
-    for path in report.read_records(one_device):
+    for path in reading.read_records(one_device):
         set_ratios(path.path, 1.5)
     set_ratios(one_device / "t200-b8-i32-h32-float32.json", 0.96, "training")
     set_ratios(one_device / "t100-b1-i64-h64-float32.json", 0.871)
@@ -460,7 +460,7 @@ def test_a_case_where_ours_is_slower_is_counted_named_and_bold(one_device) -> No
 
 
 def test_where_ours_is_nowhere_slower_that_is_said(one_device) -> None:
-    for path in report.read_records(one_device):
+    for path in reading.read_records(one_device):
         set_ratios(path.path, 0.98)
     written = performance(one_device)
     assert "In none of the 8 measurements (case × mode) is `fused_lstm` slower by more" in written
@@ -469,7 +469,7 @@ def test_where_ours_is_nowhere_slower_that_is_said(one_device) -> None:
 
 
 def test_the_first_table_has_the_case_where_ours_does_worst(drawn) -> None:
-    device = report.read_devices(drawn / "results")[1]
+    device = reading.read_devices(drawn / "results")[1]
     shown = plots.sorted_by_group(device.records)
     selected = report._select(shown)
     assert len(selected) < len(shown)
@@ -480,7 +480,7 @@ def test_the_first_table_has_the_case_where_ours_does_worst(drawn) -> None:
 
 
 def test_groups_come_in_order_and_sweeps_last(drawn) -> None:
-    for device in report.read_devices(drawn / "results"):
+    for device in reading.read_devices(drawn / "results"):
         shown = plots.sorted_by_group(device.records)
         positions = [list(plots.GROUPS).index(plots.group_of(record)) for record in shown]
         assert positions == sorted(positions)
@@ -536,7 +536,7 @@ def test_what_has_no_time_is_listed(one_device) -> None:
 
 
 def test_a_record_where_nothing_was_timed_is_no_error(one_device) -> None:
-    for record in report.read_records(one_device):
+    for record in reading.read_records(one_device):
         edit(
             record.path,
             lambda x: x.update(
@@ -564,7 +564,7 @@ def test_what_older_records_lack_is_left_out(one_device) -> None:
             result["peak_memory_bytes"] = None
             result["error_over_budget"] = "inf"
 
-    for record in report.read_records(one_device):
+    for record in reading.read_records(one_device):
         edit(record.path, change)
 
     def change_run(content):
@@ -576,7 +576,7 @@ def test_what_older_records_lack_is_left_out(one_device) -> None:
     assert "small models" in written
     for missing in ("limit", "emory", "Time grows", "Error against"):
         assert missing not in written
-    (device,) = report.read_devices(one_device.parent)
+    (device,) = reading.read_devices(one_device.parent)
     assert [picture.file_name for picture in plots.list_pictures(device)] == ["ratios.png"]
 
 
@@ -585,7 +585,7 @@ def test_times_with_another_allocator_are_a_sentence_of_their_own(one_device) ->
         copy = path.with_name(f"{path.stem}-tuned-allocator.json")
         shutil.copy(path, copy)
         edit(copy, lambda x: x["environment"].update(allocator="glibc, 4 GiB thresholds"))
-    (device,) = report.read_devices(one_device.parent)
+    (device,) = reading.read_devices(one_device.parent)
     assert len(device.records) == 4
     assert re.search(
         r"`fused_lstm` \S+ in inference and \S+ in training with another allocator \(glibc, ",
@@ -608,7 +608,7 @@ def test_records_of_another_commit_are_told(one_device) -> None:
 
 def test_without_headlines_the_means_are_over_the_cases(one_device) -> None:
     edit(one_device / "run.json", lambda x: x.update(headlines=[]))
-    for record in report.read_records(one_device):
+    for record in reading.read_records(one_device):
         set_ratios(record.path, 2.0, "inference")
         set_ratios(record.path, 1.5, "training")
     assert (
