@@ -44,14 +44,15 @@ MODES = ("inference", "training")
 LAUNCHES = ("eager", "graph")
 # In the order of tables and pictures. A case of several groups is shown in the first of them.
 GROUPS = {
-    "small": "small models",
+    "small": "usual sizes",
     "grid": "grid of sizes",
     "reinforcement-learning": "reinforcement learning",
     "time-series": "time series",
     "speech": "speech",
     "language": "language",
     "streaming": "streaming",
-    "flashrnn": "FlashRNN's own",
+    "compiled": "compiled",
+    "flashrnn": "FlashRNN's published shape",
     "variants": "variants",
 }
 _SWEPT = {"T": "steps", "B": "batch", "H": "hidden units"}
@@ -452,7 +453,7 @@ def _draw_ratios(device: Device, records: Sequence[Record], providers: Sequence[
     height = 2.8 + 0.235 * len(rows)
     title = _title_of_cases(device, f"{subject}: above 1, torch is slower", "")
     # As wide as the title, where there are few columns.
-    figure = _new_figure(max(8.0, 3.2 + 0.62 * sum(widths)), height, title)
+    figure = _new_figure(max(9.8, 3.2 + 0.62 * sum(widths)), height, title)
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True, width_ratios=widths)[0]
     for (mode, of_mode), panel in zip(columns.items(), panels, strict=True):
         image = _draw_map(panel, rows, mode, of_mode)

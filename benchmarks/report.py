@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.plots import MODES, OURS, TORCH, describe_case, describe_device, name_of_provider
 from benchmarks.reading import (
+    SCHEMAS,
     Device,
     Record,
     ReportError,
@@ -108,6 +109,8 @@ def _write_device(device: Device, base: Path, *, first: bool, explained: bool) -
     shown = plots.sorted_by_group(device.records)
     if shown:
         columns = _list_columns(device.records)
+        if first:
+            parts += _embed(device, base)
         if not explained:
             parts.append(_fill(_explain_table(shown)))
         table = _write_table(_select(shown), [c for c in columns if _is_usual(c)])
@@ -144,7 +147,9 @@ def _write_headline(device: Device) -> str:
         software.append(f"beside other work (load average {load:g})")
     when = f"{environment['date'][:10]}, {', '.join(software)}"
     lead = f"**{describe_device(environment)}**"
-    means, over = _run_means(device.run), "shapes in float32"
+    if device.run is not None and device.run["schema"] < max(SCHEMAS):
+        lead += ", measured with an earlier version of the kernels and of this suite"
+    means, over = _run_means(device.run), "usual sizes in float32"
     if OURS not in means:
         # Where the shapes of the headline are not run, as on GPUs.
         means, over = _record_means(device.records), "cases"
@@ -217,7 +222,7 @@ def _write_slower(records: Sequence[Record]) -> str:
     ]
     if not ratios:
         return ""
-    slower = [ratio for ratio, _, _ in ratios if ratio < SLOWER_BELOW]
+    slower = [ratio for ratio, _, _ in ratios if round(ratio, 2) < SLOWER_BELOW]
     counted = f"of the {len(ratios)} measurements (case × mode)"
     if not slower:
         return f"In none {counted} is `{OURS}` slower by more than {_percent(1 - SLOWER_BELOW)}."
@@ -299,7 +304,7 @@ def _explain_table(records: Sequence[Record]) -> str:
     text = (
         "Time of `torch.nn.LSTM` over the time of each, inference / training, medians, calls "
         "taking turns: above 1 it is the faster one. Of each group, the first cases and the one "
-        "where ours does worst."
+        "where ours does worst; blank is what was not run."
     )
     if _has_fractions(records):
         text += (
@@ -330,7 +335,7 @@ def _write_table(records: Sequence[Record], columns: Sequence[_Column]) -> str:
         cells += [_case(record), *_ratio_cells(record, records, columns)]
         if with_fractions:
             fractions = _values(record, OURS, plots.launches_of(records)[0], "fraction_of_limit")
-            cells.append(_pair(fractions, lambda fraction: f"{100 * fraction:.0f} %"))
+            cells.append(_pair(fractions, _share))
         rows.append(cells)
     return _markdown(header, rows, text_columns=2)
 
@@ -402,7 +407,7 @@ def _ratio_cells(
 
 
 def _marked(ratio: float) -> str:
-    return f"**{_ratio(ratio)}**" if ratio < SLOWER_BELOW else _ratio(ratio)
+    return f"**{_ratio(ratio)}**" if round(ratio, 2) < SLOWER_BELOW else _ratio(ratio)
 
 
 def _pair(values: Sequence[float | None], write: Callable[[float], str]) -> str:
@@ -493,7 +498,7 @@ def _write_errors(records: Iterable[Record]) -> str:
                 worst[x.provider] = max(worst.get(x.provider, 0.0), x.error_over_budget)
     if not worst:
         return ""
-    words = [f"{name_of_provider(p)} up to {_ratio(error)}" for p, error in sorted(worst.items())]
+    words = [f"{name_of_provider(p)} up to {error:.2f}×" for p, error in sorted(worst.items())]
     return (
         "Error against float64, over what we allow ourselves, where that is above 1: "
         f"{', '.join(words)}."
@@ -555,6 +560,16 @@ def _plain(reason: str) -> str:
     line = reason.strip().partition("\n")[0]
     line = line if len(line) <= 80 else f"{line[:77]}..."
     return re.sub(r"([<>*_`\[\]|\\])", r"\\\1", line)
+
+
+def _embed(device: Device, base: Path) -> list[str]:
+    """The picture that tells most, in the page itself."""
+    folder = _link(device.folder, base)
+    return [
+        f"![{picture.title}]({folder}/{picture.file_name})"
+        for picture in plots.list_pictures(device)
+        if picture.file_name.startswith("sweep-h-")
+    ][:1]
 
 
 def _write_links(device: Device, base: Path) -> str:
@@ -665,6 +680,10 @@ def _write_cost(found: dict[tuple[str, tuple[int, ...], str], dict[str, Any]]) -
         else:
             words.append(f"`{name}` {_percent(cost)}")
     return f"Beside our own plain layer {', '.join(words)}." if words else ""
+
+
+def _share(fraction: float) -> str:
+    return "< 1 %" if fraction < 0.01 else f"{100 * fraction:.0f} %"
 
 
 def _percent(cost: float) -> str:

@@ -89,7 +89,11 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mode", choices=("inference", "training"), help="default: both")
     parser.add_argument(
-        "--backend", action="append", metavar="NAME", help="may be repeated (default: the choice)"
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="native, cuda, triton, aten, reference, or default for the choice that users get; may "
+        "be repeated (default: default)",
     )
     parser.add_argument("--device", help="a torch device (default: cuda if there is one, else cpu)")
     parser.add_argument(

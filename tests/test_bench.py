@@ -687,7 +687,7 @@ def test_a_table_has_memory_host_time_and_launches_where_they_are(monkeypatch, c
     )
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [(1e-6, 20), (2e-4, 10), (1e-3, 2), (0.5, 1)])
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-6, 20), (5e-4, 10), (2.5e-3, 2), (0.5, 1)])
 def test_short_calls_are_timed_in_blocks(monkeypatch, seconds, calls) -> None:
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])

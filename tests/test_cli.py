@@ -190,7 +190,10 @@ def test_options_of_bench_reach_what_is_measured(monkeypatch, arguments, case, o
         (("--device", "meta"), "device should be cpu, cuda or cuda:N, got 'meta'"),
         (("--device", "cpu", "--dtype", "tf32"), "expected a CUDA GPU, got device 'cpu'"),
         (("--device", "cuda:9999"), "device should be one that is there, got 'cuda:9999'"),
-        (("--cell", "--layers", "2"), "a cell has one layer, one direction and no projection"),
+        (
+            ("--cell", "--layers", "2"),
+            "cell=True: expected nothing that only a layer has, got layers=2",
+        ),
         (("--cell", "--bidirectional"), "bidirectional=True"),
         (("--packed", "--batch-first"), "a PackedSequence has no batch_first"),
     ],

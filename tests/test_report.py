@@ -422,7 +422,7 @@ def test_the_headline_says_on_what_it_was_measured(one_device) -> None:
 
     edit(one_device / "run.json", change)
     assert (
-        "**AMD EPYC, 2 threads**: over 2 shapes in float32 `fused_lstm.LSTM` is 1.69 times as "
+        "**AMD EPYC, 2 threads**: over 2 usual sizes in float32 `fused_lstm.LSTM` is 1.69 times as "
         "fast in inference and 1.62 times as fast in training as `torch.nn.LSTM` (geometric "
         "means; 2026-11-21, torch 2.13.0+cpu, onnxruntime 1.31.1, commit 0123456); ONNX Runtime "
         "1.20 in inference over 1 of them."
@@ -486,7 +486,7 @@ def test_groups_come_in_order_and_sweeps_last(drawn) -> None:
         assert positions == sorted(positions)
         assert not any(set(r.groups) <= {"sweep-T", "sweep-B", "sweep-H"} for r in shown)
     table = section(drawn).rpartition("All ")[2]
-    assert table.index("*small models*") < table.index("*variants*") < table.index("*sweeps*")
+    assert table.index("*usual sizes*") < table.index("*variants*") < table.index("*sweeps*")
 
 
 def test_launches_are_compared_with_torch_launched_likewise(drawn) -> None:
@@ -499,7 +499,7 @@ def test_launches_are_compared_with_torch_launched_likewise(drawn) -> None:
 def test_another_package_has_a_column_and_its_error_is_told(drawn) -> None:
     written = section(drawn)
     assert "ONNX Runtime, inference" in written
-    assert "FlashRNN up to 3.2×" in written
+    assert "FlashRNN up to 3.20×" in written
     # PyTorch's own layers by another way are in the pictures alone.
     assert "fused_lstm[aten]" not in written
 
@@ -573,7 +573,7 @@ def test_what_older_records_lack_is_left_out(one_device) -> None:
 
     edit(one_device / "run.json", change_run)
     written = performance(one_device)
-    assert "small models" in written
+    assert "usual sizes" in written
     for missing in ("limit", "emory", "Time grows", "Error against"):
         assert missing not in written
     (device,) = reading.read_devices(one_device.parent)

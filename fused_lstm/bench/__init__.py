@@ -81,12 +81,16 @@ def run(
             raise ArgumentError(f"{name} should be a positive whole number, got {size}")
     if not 0 <= proj < hidden:
         raise ArgumentError(f"proj should be 0 or from 1 to hidden - 1 = {hidden - 1}, got {proj}")
-    if cell and (layers > 1 or proj or bidirectional or batch_first or packed):
-        raise ArgumentError(
-            "cell=True: a cell has one layer, one direction and no projection; got "
-            f"layers={layers}, proj={proj}, bidirectional={bidirectional}, "
-            f"batch_first={batch_first}, packed={packed}"
-        )
+    of_layers = {
+        "layers": layers if layers > 1 else 0,
+        "proj": proj,
+        "bidirectional": bidirectional,
+        "batch_first": batch_first,
+        "packed": packed,
+    }
+    if cell and any(of_layers.values()):
+        got = ", ".join(f"{name}={value}" for name, value in of_layers.items() if value)
+        raise ArgumentError(f"cell=True: expected nothing that only a layer has, got {got}")
     if packed and batch_first:
         raise ArgumentError(
             "packed=True: a PackedSequence has no batch_first, got batch_first=True"
@@ -116,7 +120,7 @@ def run(
     )
     print(
         f"{case.name} on {name}, torch {torch.__version__}; matrix products: "
-        f"{limits.gemm_flops_per_second / 1e9:.0f} GFLOP/s{_load()}"
+        f"{limits.gemm_flops_per_second / 1e9:.0f} GFLOP/s"
     )
     providers = [TORCH, *map(provider_of_backend, backends)]
     if compile:
@@ -127,6 +131,11 @@ def run(
         for result in measure(case, each, providers, where, seconds, limits, memory=memory).results
     ]
     print_table(results)
+    if (load := _load()) is not None and load > 0.75 * (os.cpu_count() or 1):
+        print(
+            f"WARNING: this machine has other work (load average {load:.1f} on {os.cpu_count()} "
+            "processors), and these times are worth little"
+        )
     print(
         "ratio: median time of torch.nn's layer over this one's, above 1 this is the faster\n"
         "of limit: share of what matrix products and memory allow\n"
@@ -138,9 +147,9 @@ def run(
     )
 
 
-def _load() -> str:
-    """What else the machine does, where the system says it: times beside it are worth less."""
-    return f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+def _load() -> float | None:
+    """How many processes have run or waited, over the last minute; None where nobody says."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _device(device: str | torch.device | None) -> torch.device:

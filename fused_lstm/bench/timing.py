@@ -21,7 +21,7 @@ MIN_REPETITIONS = 7
 MAX_REPETITIONS = 1000
 # On a CPU, short calls are timed in blocks that take about so long: after another contender's turn
 # the first of them finds cold caches and sleeping threads, and in a stream of calls they do not.
-_BLOCK_SECONDS = 2e-3
+_BLOCK_SECONDS = 5e-3
 _MOST_CALLS_OF_BLOCK = 20
 # Calls of each contender before time is taken, besides the one that was checked.
 WARM_UP = 1
@@ -137,8 +137,8 @@ def time_in_turns(
         sets: number of sets of inputs to rotate over.
         calls_per_sample: calls in a contender's turn; a sample is their mean.
         queued: for each contender, as for `take_sample`.
-        settles: for each contender, whether its turn begins with a call that is not timed: for one
-            with threads of its own, while those of the contender before still wait for work.
+        settles: for each contender, whether its turn begins with a call that is not timed: where
+            caches are cold, or threads of the contender before still wait for work.
     """
     samples = {key: Samples() for key in calls}
     warm_up = {key: Samples() for key in calls}
@@ -156,7 +156,7 @@ def time_in_turns(
             turn < MAX_REPETITIONS and time.perf_counter() - start < seconds
         ):
             for key in calls if turn % 2 == 0 else reversed(list(calls)):
-                if settles(key):
+                if settles(key) and device.type == "cpu":
                     calls[key](turn % sets)
                 take_sample(
                     calls[key],
