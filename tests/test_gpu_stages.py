@@ -421,7 +421,11 @@ def test_tests_that_run_on_the_gpu_where_there_is_one_are_marked(monkeypatch, av
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     on_it = [Item("device"), Item("device", "scope", scope="step")]
     # A parameter that is called so, no fixture of that name, no fixtures at all.
-    elsewhere = [Item("device", device="sm_90"), Item("tmp_path"), SimpleNamespace(marks=[], nodeid="")]
+    elsewhere = [
+        Item("device", device="sm_90"),
+        Item("tmp_path"),
+        SimpleNamespace(marks=[], nodeid=""),
+    ]
     conftest.pytest_collection_modifyitems([*on_it, *elsewhere])
     assert [item.marks for item in on_it] == [["gpu"] * available] * 2
     assert not any(item.marks for item in elsewhere)
