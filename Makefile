@@ -16,7 +16,7 @@ GPU_WORKERS ?= 4
 OUT ?= out
 RESULTS ?= benchmarks/results
 # For all cases; what does not fit is said.
-BENCH_SECONDS ?= 700
+BENCH_SECONDS ?= 640
 # With TUNED_ALLOCATOR=1: benchmarks/environment.py says what for.
 ALLOCATOR := $(if $(TUNED_ALLOCATOR),MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296)
 

@@ -24,7 +24,7 @@ __all__ = [
     "whole",
 ]
 
-DEFAULT_SECONDS = {"cpu": 1.0, "cuda": 0.3}
+DEFAULT_SECONDS = {"cpu": 0.8, "cuda": 0.3}
 _CHOICES = {
     "group": (shapes.GROUPS, "cases"),
     "dtype": (DTYPES, "cases"),
@@ -47,7 +47,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=positive_number,
-        help="time for each case and mode (default: 1 on a CPU, 0.3 on a GPU)",
+        help="time for each case and mode (default: 0.8 on a CPU, 0.3 on a GPU)",
     )
     group.addoption(
         "--budget",

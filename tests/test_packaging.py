@@ -47,6 +47,7 @@ def test_the_core_depends_on_torch_and_triton_alone() -> None:
         "bench",
         "cuda",
         "dev",
+        "peers",
     }
 
 
