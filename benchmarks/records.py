@@ -88,8 +88,11 @@ class Recorder:
         return time.monotonic() - self._start
 
     def path_of(self, case: Case) -> Path:
+        return self._path(case.name)
+
+    def _path(self, name: str) -> Path:
         suffix = TUNED_ALLOCATOR_SUFFIX if allocator_is_tuned() else ""
-        return self.folder / f"{case.name}{suffix}.json"
+        return self.folder / f"{name}{suffix}.json"
 
     def can_resume(self, path: Path) -> bool:
         """Whether a record holds what this run would measure again, and need not."""
@@ -204,8 +207,7 @@ class Recorder:
             list_summaries(done, self.environment.device_type),
             list_slopes(done, self.environment.device_type),
         )
-        suffix = TUNED_ALLOCATOR_SUFFIX if allocator_is_tuned() else ""
-        path = self.folder / f"run{suffix}.json"
+        path = self._path("run")
         if path.exists() and not (done and self.whole):
             return run
         known = {dtype: asdict(each) for dtype, each in limits.items()}
