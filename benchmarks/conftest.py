@@ -14,6 +14,7 @@ from benchmarks import environment, options, shapes
 from benchmarks.records import Recorder
 from benchmarks.report import SLOWER_BELOW
 from benchmarks.suite import NotRunError, Plan, Suite
+from fused_lstm.bench.arguments import select_device
 from fused_lstm.bench.comparison import Measured, Result
 
 _SUITE = pytest.StashKey[Suite]()
@@ -55,17 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _usable_device(device: torch.device) -> torch.device:
-    if device.type != "cuda":
-        return device
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
+    try:
+        return select_device(device)
+    except LookupError as error:
         raise pytest.UsageError(
-            f"argument --device: expected a device that is there, got {str(device)!r}, and "
-            f"torch {torch.__version__} sees {count} CUDA GPUs"
-        )
-    device = torch.device("cuda", device.index or 0)
-    torch.cuda.set_device(device)
-    return device
+            f"argument --device: expected a device that is there, got {str(device)!r}, and {error}"
+        ) from None
 
 
 def _check_allocator(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fused_lstm.bench.arguments import positive_count, positive_number
+from fused_lstm.bench.cases import DTYPES, MODES
 
 __all__ = ["main"]
 
@@ -84,10 +85,10 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="float32",
-        choices=("bfloat16", "float16", "float32", "tf32", "float64"),
+        choices=DTYPES,
         help="float32 multiplies in IEEE arithmetic, tf32 may use TF32 (default: float32)",
     )
-    parser.add_argument("--mode", choices=("inference", "training"), help="default: both")
+    parser.add_argument("--mode", choices=MODES, help="default: both")
     parser.add_argument(
         "--backend",
         action="append",

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fused_lstm.bench.arguments import select_device
+
 __all__ = ["ArgumentError", "run"]
 
 
@@ -162,13 +164,9 @@ def _device(device: str | torch.device | None) -> torch.device:
         where = torch.device("meta")
     if where.type not in ("cpu", "cuda"):
         raise ArgumentError(f"device should be cpu, cuda or cuda:N, got {device!r}")
-    if where.type == "cpu":
-        return where
-    if (where.index or 0) >= torch.cuda.device_count():
+    try:
+        return select_device(where)
+    except LookupError as error:
         raise ArgumentError(
-            f"device should be one that is there, got {str(device)!r}, and torch "
-            f"{torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs"
-        )
-    where = torch.device("cuda", where.index or 0)
-    torch.cuda.set_device(where)
-    return where
+            f"device should be one that is there, got {str(device)!r}, and {error}"
+        ) from None

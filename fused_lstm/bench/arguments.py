@@ -7,7 +7,7 @@ import math
 
 import torch
 
-__all__ = ["device_argument", "positive_count", "positive_number"]
+__all__ = ["device_argument", "positive_count", "positive_number", "select_device"]
 
 
 def device_argument(text: str) -> torch.device:
@@ -18,6 +18,22 @@ def device_argument(text: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return device
+
+
+def select_device(device: torch.device) -> torch.device:
+    """Make a CPU or CUDA device the current one, and return it with its number.
+
+    Raises:
+        LookupError: if it is not there.
+    """
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise LookupError(f"torch {torch.__version__} sees {count} CUDA GPUs")
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
     return device
 
 

@@ -91,6 +91,12 @@ class Shape:
         return drawn.sort(descending=True).values
 
 
+def dtype_of_tensors(name: str) -> torch.dtype:
+    """Look up one of `DTYPES`: TF32 is a way to multiply float32."""
+    dtype: torch.dtype = getattr(torch, "float32" if name == "tf32" else name)
+    return dtype
+
+
 @dataclass(frozen=True)
 class Case:
     """A shape in a dtype, one of `DTYPES`."""
@@ -106,10 +112,7 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """Of the tensors."""
-        dtype: torch.dtype = getattr(
-            torch, "float32" if self.dtype_name == "tf32" else self.dtype_name
-        )
-        return dtype
+        return dtype_of_tensors(self.dtype_name)
 
     @property
     def eps(self) -> float:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from fused_lstm.bench import timing
-from fused_lstm.bench.cases import DTYPES, Case
+from fused_lstm.bench.cases import DTYPES, Case, dtype_of_tensors
 
 __all__ = [
     "Least",
@@ -96,7 +96,7 @@ def measure_gemm(dtype_name: str, device: torch.device) -> float:
         raise ValueError(f"dtype_name must be one of {DTYPES}, got {dtype_name!r}")
     if dtype_name == "tf32" and device.type != "cuda":
         raise ValueError(f"products in TF32 need a GPU, got device {device}")
-    dtype: torch.dtype = getattr(torch, "float32" if dtype_name == "tf32" else dtype_name)
+    dtype = dtype_of_tensors(dtype_name)
     size, largest = _GEMM_SIZES[device.type]
     if dtype == torch.float64:
         largest = min(largest, _LARGEST_FLOAT64_GEMM[device.type])
