@@ -47,6 +47,16 @@ struct WeightGradients {
   Real *ih, *hh, *bias, *hr;
 };
 
+// Where a row of a step lies.
+template <class Real>
+struct BackwardRow {
+  const Real *later;                      // δa (or δp) of the step after, where there is one
+  const Real *activations, *c, *c_before; // the last is c'
+  const Real *grad_h, *grad_c;            // null where they are not given
+  Real *grad_cell;                        // δc
+  Real *grad_gates;                       // δa
+};
+
 template <class Real>
 struct BackwardPlan {
   const LstmBackward *arguments;
@@ -69,6 +79,7 @@ struct BackwardPlan {
   Real *masked_h;  // [members][P], a row of h' ⊙ recurrent_mask, where that is given
   ChunkBuffers<Real> *chunks;      // one for each group of rows
   WeightGradients<Real> *weights;  // one for each group of rows; the first is the output
+  BackwardRow<Real> *rows;         // [unit groups][B], of one step, by each member for itself
   Barrier *barriers;               // one for each group of rows, and one for all
 };
 
@@ -87,7 +98,9 @@ class BackwardMember : protected Member {
         buffers_(plan.chunks[row_group_]),
         weights_(plan.weights[row_group_]),
         mine_(share(plan.hidden_panels.count())),
-        own_cells_(share(plan.projection_panels.count())) {}
+        own_cells_(share(plan.projection_panels.count())),
+        rows_(plan.rows + unit_group_ * plan.arguments->batch +
+              share_of(plan.arguments->batch, row_group_, split.row_groups).begin) {}
 
   void run() {
     pack_weights();
@@ -138,6 +151,7 @@ class BackwardMember : protected Member {
   const ChunkBuffers<Real> &buffers_;
   const WeightGradients<Real> &weights_;
   const Share mine_, own_cells_;
+  BackwardRow<Real> *const rows_;
   Chunk previous_{0, 0, 0, 0};
 
   int64_t gate_width() const { return 4 * plan_.hidden; }
@@ -213,76 +227,80 @@ class BackwardMember : protected Member {
     if (k + 1 < timeline_.steps && timeline_.active(k + 1) > active) {
       initial_hidden(k + 1, {active, timeline_.active(k + 1)}, next, next_before);
     }
-    const Share going = {0, lasting}, ending = {lasting, active};
+    look_up_rows(k, chunk, before, next, next_before);
     for (int64_t p = mine_.begin; p < mine_.end; ++p) {
-      switch (plan_.hidden_panels.columns(p)) {
-        case 4:
-          hidden_panel<4>(k, p, going, ending, chunk, before, next, next_before);
-          break;
-        case 2:
-          hidden_panel<2>(k, p, going, ending, chunk, before, next, next_before);
-          break;
-        default:
-          hidden_panel<1>(k, p, going, ending, chunk, before, next, next_before);
-      }
-    }
-  }
-
-  // δh of one panel of hidden units, for rows that have a step after this one and rows that end.
-  template <int COLUMNS>
-  void hidden_panel(int64_t k, int64_t p, Share going, Share ending, const Chunk &chunk,
-                    int64_t before, const Chunk &next, int64_t next_before) {
-    for_each_tile(going, [&](int64_t place, int64_t count) {
-      with_rows(count, [&](auto height) {
-        this->template hidden_tile<height(), COLUMNS>(k, place, p, true, chunk, before, next,
-                                                      next_before);
+      for_each_tile({0, lasting}, [&](int64_t place, int64_t count) {
+        hidden_tile(k, place, count, p, true, chunk, before);
       });
-    });
-    for (int64_t place = ending.begin; place < ending.end; ++place) {
-      hidden_tile<1, COLUMNS>(k, place, p, false, chunk, before, next, next_before);
+      for_each_tile({lasting, active}, [&](int64_t place, int64_t count) {
+        hidden_tile(k, place, count, p, false, chunk, before);
+      });
     }
   }
 
-  template <int ROWS, int COLUMNS>
-  NOINLINE void hidden_tile(int64_t k, int64_t place, int64_t p, bool going, const Chunk &chunk,
-                            int64_t before, const Chunk &next, int64_t next_before) {
-    const Sequence<const Real> &zoneout = plan_.modifiers.zoneout_h;
-    const int64_t t = timeline_.time(k);
-    const int64_t first = plan_.hidden_panels.first_column(p);
-    const int64_t filled = plan_.hidden_panels.filled(p);
-    Vector sum[ROWS][COLUMNS] = {};
-    if (going) {
-      const Real *rows[ROWS];
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        rows[q] = row_of(plan_.grad_product, buffers_.gates, gate_width(), next, next_before,
-                         k + 1, place + q);
-      }
-      accumulate<Real, ROWS, COLUMNS>(sum, rows, plan_.packed_hh + plan_.hidden_panels.offset(p),
-                                      gate_width());
+  // Where the rows of a step lie is the same for all panels.
+  void look_up_rows(int64_t k, const Chunk &chunk, int64_t before, const Chunk &next,
+                    int64_t next_before) {
+    const int64_t t = timeline_.time(k), lasting = timeline_.lasting(k);
+    for (int64_t place = 0; place < timeline_.active(k); ++place) {
+      const int64_t row = timeline_.row(place);
+      rows_[place] = {
+          place < lasting ? row_of(plan_.grad_product, buffers_.gates, gate_width(), next,
+                                   next_before, k + 1, place)
+                          : nullptr,
+          plan_.activations.at(t, row),
+          plan_.c.at(t, row),
+          plan_.modifiers.before(plan_.c, plan_.c0, timeline_, k, place),
+          plan_.grad_h.data ? plan_.grad_h.at(t, row) : nullptr,
+          plan_.grad_c.data ? plan_.grad_c.at(t, row) : nullptr,
+          cell_gradient(row),
+          row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place)};
     }
-    _Pragma("GCC unroll 1") for (int q = 0; q < ROWS; ++q) {
-      const int64_t r = timeline_.row(place + q);
-      _Pragma("GCC unroll 1") for (int z = 0; z < COLUMNS; ++z) {
-        const int64_t unit = first + z * S::kWidth, count = filled - z * S::kWidth;
-        if (count <= 0) break;
-        Vector grad = going ? handed_on(sum[q][z], k + 1, r, unit, count)
-                            : S::load(plan_.grad_h_n.at(r) + unit, count);
-        if (plan_.grad_h.data) grad += S::load(plan_.grad_h.at(t, r) + unit, count);
+  }
+
+  // δh of one panel of hidden units, for rows that all have a step after this one, or all end.
+  NOINLINE void hidden_tile(int64_t k, int64_t place, int64_t count, int64_t p, bool going,
+                            const Chunk &chunk, int64_t before) {
+    const Sequence<const Real> &zoneout = plan_.modifiers.zoneout_h;
+    const Panels &panels = plan_.hidden_panels;
+    const int64_t t = timeline_.time(k), first = panels.first_column(p), filled = panels.filled(p);
+    constexpr int64_t kTile = 4 * S::kWidth;
+    alignas(64) Real sums[TILE_ROWS * kTile];
+    if (going) {
+      const Real *in[TILE_ROWS];
+      Real *out[TILE_ROWS];
+      for (int64_t q = 0; q < count; ++q) {
+        in[q] = rows_[place + q].later;
+        out[q] = sums + q * kTile;
+      }
+      product<Real>(count, in, panels, p, plan_.packed_hh, out, false);
+    }
+    for (int64_t q = 0; q < count; ++q) {
+      const BackwardRow<Real> &own = rows_[place + q];
+      const int64_t row = timeline_.row(place + q);
+      for (int64_t done = 0; done < filled; done += S::kWidth) {
+        const int64_t unit = first + done, left = filled - done;
+        Vector grad = going ? handed_on(S::load(sums + q * kTile + done), k + 1, row, unit, left)
+                            : S::load(plan_.grad_h_n.at(row) + unit, left);
+        if (own.grad_h) grad += S::load(own.grad_h + unit, left);
         if (zoneout.data) {
-          const Vector kept = S::load(zoneout.at(t, r) + unit, count);
-          S::store(plan_.zoned_h + r * plan_.features + unit, kept * grad, count);
+          const Vector kept = S::load(zoneout.at(t, row) + unit, left);
+          S::store(plan_.zoned_h + row * plan_.features + unit, kept * grad, left);
           grad *= Real(1) - kept;
         }
         if (plan_.projected) {
           S::store(row_of(plan_.whole_grad_h, buffers_.whole_h, plan_.features, chunk, before, k,
                           place + q) +
                        unit,
-                   grad, count);
+                   grad, left);
         } else if (plan_.normalized) {
-          S::store(plan_.grad_m + r * plan_.hidden + unit, grad, count);
+          S::store(plan_.grad_m + row * plan_.hidden + unit, grad, left);
         } else {
-          cell(k, place + q, unit, count, grad, chunk, before);
+          S::store(sums + q * kTile + done, grad);
         }
+      }
+      if (!plan_.projected && !plan_.normalized) {
+        cells(k, place + q, first, filled, sums + q * kTile);
       }
     }
   }
@@ -315,25 +333,36 @@ class BackwardMember : protected Member {
         }
         product<Real>(count, in, panels, p, plan_.packed_hr, out, false);
         if (plan_.normalized) return;
-        for (int64_t q = 0; q < count; ++q) {
-          for (int64_t unit = 0; unit < filled; unit += S::kWidth) {
-            cell(k, place + q, first + unit, filled - unit, S::load(out[q] + unit, filled - unit),
-                 chunk, before);
-          }
-        }
+        for (int64_t q = 0; q < count; ++q) cells(k, place + q, first, filled, out[q]);
       });
     }
   }
 
-  // δc and δa of one vector of hidden units.
-  INLINE_MEMBER void cell(int64_t k, int64_t place, int64_t unit, int64_t count, Vector grad_m,
-                          const Chunk &chunk, int64_t before) {
-    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
-    const Vector o = S::load(plan_.activations.at(t, row) + 3 * hidden + unit, count);
-    const Vector c = fresh_cell(k, place, unit, count), squashed = S::tanh(c);
-    Real *out = row_of(plan_.grad_gates, buffers_.gates, gate_width(), chunk, before, k, place);
-    gate_gradients(k, place, unit, count, c, squashed, grad_m,
-                   grad_m * o * (Real(1) - squashed * squashed), out + unit);
+  // δc and δa of the hidden units first ... first+count-1 of a row, from their δm.
+  void cells(int64_t k, int64_t place, int64_t first, int64_t count, const Real *grad_m) const {
+    int64_t done = 0;
+    for (; done + S::kWidth < count; done += 2 * S::kWidth) {
+      some_cells<2>(k, place, first + done, count - done, grad_m + done);
+    }
+    if (done < count) some_cells<1>(k, place, first + done, count - done, grad_m + done);
+  }
+  template <int VECTORS>
+  INLINE_MEMBER void some_cells(int64_t k, int64_t place, int64_t unit, int64_t count,
+                                const Real *grad_m) const {
+    typedef typename S::template Several<VECTORS> Cells;
+    const BackwardRow<Real> &row = rows_[place];
+    const Cells c = Cells::of([&](int n) {
+      return fresh_cell(row.c, row.c_before, row.activations, unit + n * S::kWidth,
+                        count - n * S::kWidth);
+    });
+    const Cells squashed = S::template tanh<VECTORS>(c);
+    _Pragma("GCC unroll 4") for (int n = 0; n < VECTORS; ++n) {
+      const int64_t own = unit + n * S::kWidth, left = count - n * S::kWidth;
+      const Vector o = S::load(row.activations + 3 * plan_.hidden + own, left);
+      const Vector grad = S::load(grad_m + n * S::kWidth, left);
+      gate_gradients(k, place, own, left, c[n], squashed[n], grad,
+                     grad * o * (Real(1) - squashed[n] * squashed[n]), row.grad_gates + own);
+    }
   }
 
   // The same where m = o ⊙ squashed, and from_output is what δĉ gets through squashed.
@@ -341,18 +370,18 @@ class BackwardMember : protected Member {
                                     Vector c, Vector squashed, Vector grad_m, Vector from_output,
                                     Real *out) const {
     const Modifiers<Real> &modifiers = plan_.modifiers;
-    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
-    const Real *activations = plan_.activations.at(t, row) + unit;
+    const BackwardRow<Real> &own = rows_[place];
+    const int64_t hidden = plan_.hidden;
+    const Real *activations = own.activations + unit;
     const Vector i = S::load(activations, count), f = S::load(activations + hidden, count);
     const Vector g = S::load(activations + 2 * hidden, count);
     const Vector o = S::load(activations + 3 * hidden, count);
-    const Vector earlier =
-        S::load(modifiers.before(plan_.c, plan_.c0, timeline_, k, place) + unit, count);
-    Real *carried = cell_gradient(row) + unit;
-    Vector grad_c = S::load(carried, count), zoned{};
-    if (plan_.grad_c.data) grad_c += S::load(plan_.grad_c.at(t, row) + unit, count);
+    const Vector earlier = S::load(own.c_before + unit, count);
+    Vector grad_c = S::load(own.grad_cell + unit, count), zoned{};
+    if (own.grad_c) grad_c += S::load(own.grad_c + unit, count);
     if (modifiers.zoneout_c.data) {
-      const Vector kept = S::load(modifiers.zoneout_c.at(t, row) + unit, count);
+      const Real *zoneout = modifiers.zoneout_c.at(timeline_.time(k), timeline_.row(place));
+      const Vector kept = S::load(zoneout + unit, count);
       zoned = kept * grad_c;
       grad_c *= Real(1) - kept;
     }
@@ -361,8 +390,8 @@ class BackwardMember : protected Member {
       const Vector size = c < Vector{} ? -c : c, limit = S::broadcast(modifiers.cell_clip);
       grad_c = size < limit ? grad_c : Vector{};
     }
-    const bool reset = modifiers.reset(t, row);
-    S::store(carried, reset ? Vector{} : grad_c * f + zoned, count);
+    const bool reset = modifiers.reset(timeline_.time(k), timeline_.row(place));
+    S::store(own.grad_cell + unit, reset ? Vector{} : grad_c * f + zoned, count);
     S::store(out, grad_c * g * i * (Real(1) - i), count);
     S::store(out + hidden, grad_c * earlier * f * (Real(1) - f), count);
     S::store(out + 2 * hidden, grad_c * i * (Real(1) - g * g), count);
@@ -370,15 +399,15 @@ class BackwardMember : protected Member {
   }
 
   // One vector of ĉ, which is computed again where c was zoned out.
-  INLINE_MEMBER Vector fresh_cell(int64_t k, int64_t place, int64_t unit, int64_t count) const {
+  INLINE_MEMBER Vector fresh_cell(const Real *c_row, const Real *c_before, const Real *activations,
+                                  int64_t unit, int64_t count) const {
     const Modifiers<Real> &modifiers = plan_.modifiers;
-    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
-    if (!modifiers.zoneout_c.data) return S::load(plan_.c.at(t, row) + unit, count);
-    const Real *activations = plan_.activations.at(t, row) + unit;
-    const Real *earlier = modifiers.before(plan_.c, plan_.c0, timeline_, k, place) + unit;
+    const int64_t hidden = plan_.hidden;
+    if (!modifiers.zoneout_c.data) return S::load(c_row + unit, count);
+    activations += unit;
     const Vector i = S::load(activations, count), f = S::load(activations + hidden, count);
     const Vector g = S::load(activations + 2 * hidden, count);
-    const Vector c = f * S::load(earlier, count) + i * g;
+    const Vector c = f * S::load(c_before + unit, count) + i * g;
     return modifiers.clips ? S::clamp(c, modifiers.cell_clip) : c;
   }
 
@@ -472,16 +501,18 @@ class BackwardMember : protected Member {
     panels.depth = chunk.rows;
     const Share rows = share(chunk.rows);
     for_each_row(chunk, rows, [&](int64_t row, int64_t k, int64_t place) {
-      const Real *output_gate =
-          plan_.activations.at(timeline_.time(k), timeline_.row(place)) + 3 * plan_.hidden;
+      const int64_t t = timeline_.time(k), sequence = timeline_.row(place);
+      const Real *activations = plan_.activations.at(t, sequence), *c = plan_.c.at(t, sequence);
+      const Real *c_before = plan_.modifiers.before(plan_.c, plan_.c0, timeline_, k, place);
       for (int64_t p = 0; p < panels.count(); ++p) {
         const int64_t columns = panels.columns(p), filled = panels.filled(p);
         const int64_t first = panels.first_column(p);
         Real *out = packed_row(buffers_.packed_m, panels, p, row);
         for (int64_t z = 0; z < columns; ++z) {
           const int64_t unit = z * S::kWidth, count = filled - unit;
-          S::store(out + unit, S::load(output_gate + first + unit, count) *
-                                   S::tanh(fresh_cell(k, place, first + unit, count)));
+          const Vector o = S::load(activations + 3 * plan_.hidden + first + unit, count);
+          S::store(out + unit,
+                   o * S::tanh(fresh_cell(c, c_before, activations, first + unit, count)));
         }
       }
     });

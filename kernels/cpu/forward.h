@@ -18,6 +18,17 @@
 // Members of a team own rows (sequences) and blocks; they meet after every step, unless each owns
 // all blocks of its rows.
 
+// What a row brings into a step, and where its results go.
+template <class Real>
+struct ForwardRow {
+  const Real *input;      // x, or the gates that are given
+  const Real *recurrent;  // what enters W_hh: h', or h' ⊙ recurrent_mask
+  const Real *h, *c;      // h' and c'
+  Real *new_h, *new_c;
+  Real *cell_output;      // o ⊙ tanh(c), or null without a projection
+  Real *activations;      // or null
+};
+
 // What all threads of one recurrence share.
 template <class Real>
 struct ForwardPlan {
@@ -39,8 +50,9 @@ struct ForwardPlan {
   Real *projection_panels;
   Real *cell_output;      // [B, H], o ⊙ tanh(c) of one step, where there is a projection
   Real *masked;           // [2][B, P], h ⊙ recurrent_mask of two steps, where that is given
-  Real *staged;           // x·W_ihᵀ + b of several steps, where x does not enter with h
+  Real *staged;           // x·W_ihᵀ of several steps, where x does not enter with h
   Real *products;         // [B, 4H], h'·W_hhᵀ of one step, where layer_norm.h makes gates of them
+  ForwardRow<Real> *rows;  // [unit groups][B], of one step, by each member for itself
   Barrier *barriers;      // one per group of rows, and one for all
 };
 
@@ -73,6 +85,8 @@ class ForwardMember : protected Member {
     source_ = plan.gates.data ? kGiven : fused || !plan.panels ? kFused : kStaged;
     if (plan.products) source_ = kNone;
     stage_ = plan.staged + (row_group_ * blocks + blocks_.begin) * kStagedRows * kTile;
+    rows_ = plan.rows + unit_group_ * plan.arguments->batch +
+            share_of(plan.arguments->batch, row_group_, split.row_groups).begin;
   }
 
   void run() {
@@ -94,6 +108,7 @@ class ForwardMember : protected Member {
   const Share blocks_;
   Source source_;
   Real *stage_;
+  ForwardRow<Real> *rows_;
 
   int64_t depth() const { return plan_.inputs + plan_.features; }
   Real *panel(int64_t block) const {
@@ -158,12 +173,11 @@ class ForwardMember : protected Member {
     }
   }
 
-  // gates = x·W_ihᵀ + b for some steps of this member's rows and blocks, as [block][row][4][lanes].
+  // x·W_ihᵀ for some steps of this member's rows and blocks, as [block][row][4][lanes].
   // Returns the step behind them.
   int64_t stage(int64_t begin) {
     int64_t end = begin + 1;
     while (end < timeline_.steps && timeline_.active(begin, end + 1) <= kStagedRows) ++end;
-    const Panels panels{plan_.inputs, kTile, S::kWidth, 4};
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       Real *out = stage_ + (block - blocks_.begin) * kStagedRows * kTile;
       int64_t k = begin, place = 0;
@@ -174,11 +188,8 @@ class ForwardMember : protected Member {
           for (; place == timeline_.active(k); ++k) place = 0;
           rows[q] = plan_.x.at(timeline_.time(k), timeline_.row(place));
           outs[q] = out + (first + q) * kTile;
-          for (int gate = 0; gate < 4; ++gate) {
-            S::store(outs[q] + gate * S::kWidth, S::load(bias(block) + gate * S::kWidth));
-          }
         }
-        product<Real>(count, rows, panels, 0, panel(block), outs, true);
+        product_columns<Real, 4, 1>(count, rows, panel(block), plan_.inputs, outs, kTile, false);
       });
     }
     return end;
@@ -213,12 +224,32 @@ class ForwardMember : protected Member {
 
   void step(int64_t k, int64_t staged_row) {
     if (!timeline_.active(k)) return;
+    look_up_rows(k);
     compute_blocks(k, staged_row);
     if (plan_.cell_output) {
       meet();
       project(k);
     }
     meet();
+  }
+
+  // Where the rows of a step lie is the same for all blocks.
+  void look_up_rows(int64_t k) {
+    const int64_t t = timeline_.time(k), active = timeline_.active(k);
+    const Sequence<Real> &input = plan_.gates.data ? plan_.gates : plan_.x;
+    for (int64_t place = 0; place < active; ++place) {
+      const int64_t row = timeline_.row(place);
+      const Real *h = plan_.modifiers.before(plan_.h, plan_.h0, timeline_, k, place);
+      const bool masks = plan_.masked && !plan_.modifiers.reset(t, row);
+      rows_[place] = {input.at(t, row),
+                      masks ? masked(k - 1, row) : h,
+                      h,
+                      plan_.modifiers.before(plan_.c, plan_.c0, timeline_, k, place),
+                      plan_.h.at(t, row),
+                      plan_.c.at(t, row),
+                      plan_.cell_output ? plan_.cell_output + row * plan_.hidden : nullptr,
+                      plan_.activations.data ? plan_.activations.at(t, row) : nullptr};
+    }
   }
 
   // The gates of this member's blocks, and what becomes of them.
@@ -231,103 +262,84 @@ class ForwardMember : protected Member {
       }
       if (plan_.packs_late) pack(block);
       for_each_tile({0, active}, [&](int64_t place, int64_t count) {
-        with_rows(count, [&](auto height) {
-          this->template cell_tile<height()>(k, place, block, staged_row + place);
-        });
+        cell_tile(k, place, count, block, staged_row + place);
       });
     }
   }
 
-  // The rows of h and c that enter step k.
-  const Real *hidden_before(int64_t k, int64_t place) const {
-    return plan_.modifiers.before(plan_.h, plan_.h0, timeline_, k, place);
-  }
-  const Real *cell_before(int64_t k, int64_t place) const {
-    return plan_.modifiers.before(plan_.c, plan_.c0, timeline_, k, place);
-  }
-  // The row that enters W_hh at step k.
-  const Real *recurrent_row(int64_t k, int64_t place) const {
-    const int64_t row = timeline_.row(place);
-    if (!plan_.masked || plan_.modifiers.reset(timeline_.time(k), row)) {
-      return hidden_before(k, place);
-    }
-    return masked(k - 1, row);
-  }
-
-  template <int ROWS>
-  NOINLINE void cell_tile(int64_t k, int64_t place, int64_t block, int64_t staged_row) {
-    const int64_t t = timeline_.time(k);
-    const int64_t hidden = plan_.hidden, unit = block * S::kWidth, count = hidden - unit;
+  // A few rows of a block, from the products to c and h.
+  NOINLINE void cell_tile(int64_t k, int64_t place, int64_t count, int64_t block,
+                          int64_t staged_row) {
+    const int64_t unit = block * S::kWidth, left = plan_.hidden - unit;
     const Real *weights = panel(block);
-    // h·W_hhᵀ is summed by itself: added to what x has made, every one of its products would be
-    // rounded at the size of that.
-    Vector a[ROWS][4], from_x[ROWS][4];
-    const Real *rows[ROWS];
+    // [rows][4][lanes]. h·W_hhᵀ is summed by itself: added to what x has made, every one of its
+    // products would be rounded at the size of that.
+    alignas(64) Real from_h[TILE_ROWS * kTile], from_x[TILE_ROWS * kTile];
+    const ForwardRow<Real> *rows = rows_ + place;
+    const Real *in[TILE_ROWS], *staged = from_x;
+    Real *out[TILE_ROWS];
+    for (int64_t q = 0; q < count; ++q) {
+      in[q] = rows[q].recurrent;
+      out[q] = from_h + q * kTile;
+    }
+    product_columns<Real, 4, 1>(count, in, weights + plan_.inputs * kTile, plan_.features, out,
+                                kTile, false);
     if (source_ == kFused) {
+      for (int64_t q = 0; q < count; ++q) {
+        in[q] = rows[q].input;
+        out[q] = from_x + q * kTile;
+      }
+      product_columns<Real, 4, 1>(count, in, weights, plan_.inputs, out, kTile, false);
+    } else {
+      staged = stage_ + ((block - blocks_.begin) * kStagedRows + staged_row) * kTile;
+    }
+    Cell cells[TILE_ROWS];
+    for (int64_t q = 0; q < count; ++q) {
+      Vector a[4];
       _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
-        const Vector b = S::load(bias(block) + gate * S::kWidth);
-        _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) a[q][gate] = b;
-      }
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        rows[q] = plan_.x.at(t, timeline_.row(place + q));
-      }
-      accumulate<Real, ROWS, 4>(a, rows, weights, plan_.inputs);
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) from_x[q][gate] = a[q][gate];
-      }
-    }
-    _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-      rows[q] = recurrent_row(k, place + q);
-      _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) a[q][gate] = Vector{};
-    }
-    accumulate<Real, ROWS, 4>(a, rows, weights + plan_.inputs * kTile, plan_.features);
-    if (source_ == kFused) {
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) a[q][gate] += from_x[q][gate];
-      }
-    } else if (source_ == kStaged) {
-      const Real *in = stage_ + ((block - blocks_.begin) * kStagedRows + staged_row) * kTile;
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
-          a[q][gate] += S::load(in + (q * 4 + gate) * S::kWidth);
+        a[gate] = S::load(from_h + q * kTile + gate * S::kWidth);
+        if (source_ == kGiven) {
+          a[gate] += S::load(rows[q].input + gate * plan_.hidden + unit, left);
+        } else if (source_ != kNone) {
+          a[gate] += S::load(staged + q * kTile + gate * S::kWidth) +
+                     S::load(bias(block) + gate * S::kWidth);
         }
       }
-    } else if (source_ == kGiven) {
-      _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-        const Real *in = plan_.gates.at(t, timeline_.row(place + q)) + unit;
-        _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
-          a[q][gate] += S::load(in + gate * hidden, count);
-        }
+      if (source_ == kNone) {
+        keep(a, place + q, unit);
+      } else {
+        cells[q] = activate(a, rows[q], unit, left);
       }
     }
-    update<ROWS>(a, k, place, block);
+    if (source_ != kNone) finish_cells(cells, k, place, count, unit, left);
   }
 
   // One row of the same from weights as they are, as dot products: where there are too few rows in
   // all to repay packing.
   NOINLINE void direct_tile(int64_t k, int64_t place, int64_t block) {
-    const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
+    const int64_t hidden = plan_.hidden;
     const int64_t unit = block * S::kWidth, count = min(S::kWidth, hidden - unit);
     const LstmForward &arguments = *plan_.arguments;
     const Real *biases[2] = {static_cast<const Real *>(arguments.bias_ih),
                              static_cast<const Real *>(arguments.bias_hh)};
-    const Real *h = recurrent_row(k, place);
-    Vector a[1][4];
+    const ForwardRow<Real> &row = rows_[place];
+    Vector a[4];
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t first = gate * hidden + unit;
       Vector products[S::kWidth] = {};
       if (!plan_.gates.data) {
-        dot_products(products, plan_.x.at(t, row), arguments.weight_ih, first, count,
-                     plan_.inputs);
+        dot_products(products, row.input, arguments.weight_ih, first, count, plan_.inputs);
       }
-      dot_products(products, h, arguments.weight_hh, first, count, plan_.features);
-      a[0][gate] = S::sums(products);
+      dot_products(products, row.recurrent, arguments.weight_hh, first, count, plan_.features);
+      a[gate] = S::sums(products);
       for (const Real *b : biases) {
-        if (b) a[0][gate] += S::load(b + first, count);
+        if (b) a[gate] += S::load(b + first, count);
       }
-      if (source_ == kGiven) a[0][gate] += S::load(plan_.gates.at(t, row) + first, count);
+      if (source_ == kGiven) a[gate] += S::load(row.input + first, count);
     }
-    update<1>(a, k, place, block);
+    if (source_ == kNone) return keep(a, place, unit);
+    const Cell cell = activate(a, row, unit, count);
+    finish_cells(&cell, k, place, 1, unit, count);
   }
 
   // products[u] += vector * row (first + u) of a matrix [.., depth]; rows from `count` on repeat.
@@ -343,64 +355,66 @@ class ForwardMember : protected Member {
     }
   }
 
-  // From gates to c and h (o ⊙ tanh(ĉ) where there is a projection).
-  template <int ROWS>
-  INLINE_MEMBER void update(const Vector (&a)[ROWS][4], int64_t k, int64_t place, int64_t block) {
-    if (plan_.products) return keep<ROWS>(a, place, block);
-    const int64_t unit = block * S::kWidth, count = plan_.hidden - unit;
-    _Pragma("GCC unroll 1") for (int q = 0; q < ROWS; ++q) {
-      const Cell cell = activate(a[q], k, place + q, unit, count);
-      store_states(cell.c, cell.o * S::tanh(cell.c), k, place + q, unit, count);
-    }
-  }
-
   // One vector of ĉ_t and o, from one of each gate.
   struct Cell {
     Vector c, o;
   };
-  INLINE_MEMBER Cell activate(const Vector (&a)[4], int64_t k, int64_t place, int64_t unit,
+  INLINE_MEMBER Cell activate(const Vector (&a)[4], const ForwardRow<Real> &row, int64_t unit,
                               int64_t count) const {
-    const Modifiers<Real> &modifiers = plan_.modifiers;
-    const Vector i = S::sigmoid(a[0]), f = S::sigmoid(a[1]);
-    const Vector g = S::tanh(a[2]), o = S::sigmoid(a[3]);
-    if (plan_.activations.data) {
-      const int64_t hidden = plan_.hidden;
-      Real *out = plan_.activations.at(timeline_.time(k), timeline_.row(place)) + unit;
-      S::store(out, i, count);
-      S::store(out + hidden, f, count);
-      S::store(out + 2 * hidden, g, count);
-      S::store(out + 3 * hidden, o, count);
+    const auto gates = S::gates(a);
+    const Vector i = gates[0], f = gates[1], g = gates[2], o = gates[3];
+    if (row.activations) {
+      Real *out = row.activations + unit;
+      _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
+        S::store(out + gate * plan_.hidden, gates[gate], count);
+      }
     }
-    const Vector c = f * S::load(cell_before(k, place) + unit, count) + i * g;
+    const Vector c = f * S::load(row.c + unit, count) + i * g;
+    const Modifiers<Real> &modifiers = plan_.modifiers;
     return {modifiers.clips ? S::clamp(c, modifiers.cell_clip) : c, o};
+  }
+
+  // From ĉ_t and o of some rows to their c_t and h_t, some at a time.
+  INLINE_MEMBER void finish_cells(const Cell *cells, int64_t k, int64_t place, int64_t count,
+                                  int64_t unit, int64_t left) const {
+    int64_t q = 0;
+    for (; q + 3 <= count; q += 3) finish_some<3>(cells + q, k, place + q, unit, left);
+    for (; q + 2 <= count; q += 2) finish_some<2>(cells + q, k, place + q, unit, left);
+    if (q < count) finish_some<1>(cells + q, k, place + q, unit, left);
+  }
+  template <int ROWS>
+  INLINE_MEMBER void finish_some(const Cell *cells, int64_t k, int64_t place, int64_t unit,
+                                 int64_t left) const {
+    typedef typename S::template Several<ROWS> Rows;
+    const Rows squashed = S::template tanh<ROWS>(Rows::of([&](int q) { return cells[q].c; }));
+    _Pragma("GCC unroll 3") for (int q = 0; q < ROWS; ++q) {
+      store_states(cells[q].c, cells[q].o * squashed[q], k, place + q, unit, left);
+    }
   }
 
   // One vector of c_t, from one of ĉ_t; and what m, the new output of the cell, becomes.
   INLINE_MEMBER void store_states(Vector c, Vector m, int64_t k, int64_t place, int64_t unit,
                                   int64_t count) const {
+    const ForwardRow<Real> &row = rows_[place];
     const Sequence<const Real> &zoneout = plan_.modifiers.zoneout_c;
-    const int64_t t = timeline_.time(k), row = timeline_.row(place);
     if (zoneout.data) {
-      c = mixed(S::load(zoneout.at(t, row) + unit, count),
-                S::load(cell_before(k, place) + unit, count), c);
+      c = mixed(S::load(zoneout.at(timeline_.time(k), timeline_.row(place)) + unit, count),
+                S::load(row.c + unit, count), c);
     }
-    S::store(plan_.c.at(t, row) + unit, c, count);
-    if (plan_.cell_output) {
-      S::store(plan_.cell_output + row * plan_.hidden + unit, m, count);
+    S::store(row.new_c + unit, c, count);
+    if (row.cell_output) {
+      S::store(row.cell_output + unit, m, count);
     } else {
       store_hidden(m, k, place, unit, count);
     }
   }
 
-  // The products of a tile, which are not gates yet.
-  template <int ROWS>
-  INLINE_MEMBER void keep(const Vector (&a)[ROWS][4], int64_t place, int64_t block) {
-    const int64_t hidden = plan_.hidden, unit = block * S::kWidth, count = hidden - unit;
-    _Pragma("GCC unroll 8") for (int q = 0; q < ROWS; ++q) {
-      Real *out = plan_.products + timeline_.row(place + q) * 4 * hidden + unit;
-      _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
-        S::store(out + gate * hidden, a[q][gate], count);
-      }
+  // The products of a row, which are not gates yet.
+  INLINE_MEMBER void keep(const Vector (&a)[4], int64_t place, int64_t unit) const {
+    const int64_t hidden = plan_.hidden, count = hidden - unit;
+    Real *out = plan_.products + timeline_.row(place) * 4 * hidden + unit;
+    _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
+      S::store(out + gate * hidden, a[gate], count);
     }
   }
 
@@ -408,16 +422,16 @@ class ForwardMember : protected Member {
   INLINE_MEMBER void store_hidden(Vector h, int64_t k, int64_t place, int64_t unit,
                                   int64_t count) const {
     const Modifiers<Real> &modifiers = plan_.modifiers;
-    const int64_t t = timeline_.time(k), row = timeline_.row(place);
+    const ForwardRow<Real> &row = rows_[place];
     if (modifiers.zoneout_h.data) {
-      h = mixed(S::load(modifiers.zoneout_h.at(t, row) + unit, count),
-                S::load(hidden_before(k, place) + unit, count), h);
+      const Real *zoneout = modifiers.zoneout_h.at(timeline_.time(k), timeline_.row(place));
+      h = mixed(S::load(zoneout + unit, count), S::load(row.h + unit, count), h);
     }
     if (plan_.masked) {
-      S::store(masked(k, row) + unit,
-               h * S::load(modifiers.recurrent_mask.at(row) + unit, count), count);
+      const Real *mask = modifiers.recurrent_mask.at(timeline_.row(place));
+      S::store(masked(k, timeline_.row(place)) + unit, h * S::load(mask + unit, count), count);
     }
-    S::store(plan_.h.at(t, row) + unit, h, count);
+    S::store(row.new_h + unit, h, count);
   }
   INLINE Vector mixed(Vector zoneout, Vector earlier, Vector state) {
     return zoneout * earlier + (Real(1) - zoneout) * state;
@@ -425,7 +439,6 @@ class ForwardMember : protected Member {
 
   // ĥ_t = (o ⊙ tanh(ĉ_t))·W_hrᵀ, and from it h_t.
   void project(int64_t k) {
-    const int64_t t = timeline_.time(k);
     const Panels &panels = plan_.projection;
     const Share mine = share(panels.count());
     for (int64_t p = mine.begin; p < mine.end; ++p) {
@@ -434,9 +447,8 @@ class ForwardMember : protected Member {
         const Real *in[TILE_ROWS];
         Real *out[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q) {
-          const int64_t row = timeline_.row(place + q);
-          in[q] = plan_.cell_output + row * plan_.hidden;
-          out[q] = plan_.h.at(t, row) + first;
+          in[q] = rows_[place + q].cell_output;
+          out[q] = rows_[place + q].new_h + first;
         }
         product<Real>(count, in, panels, p, plan_.projection_panels, out, false);
         if (!plan_.masked && !plan_.modifiers.zoneout_h.data) return;

@@ -154,6 +154,7 @@ class LayerNormForwardMember : ForwardMember<Real> {
   void step(int64_t k) {
     const int64_t active = timeline_.active(k);
     if (!active) return;
+    this->look_up_rows(k);
     this->compute_blocks(k, 0);
     this->meet();
     const Share mine = this->share(active);
@@ -184,7 +185,7 @@ class LayerNormForwardMember : ForwardMember<Real> {
         if (plan_.normalized.data) S::store(plan_.normalized.at(t, row) + feature, n, count);
         a[gate] = S::load(gates + feature, count) + S::load(norm.gain_hh + feature, count) * n;
       }
-      const typename Base::Cell cell = this->activate(a, k, place, unit, count);
+      const typename Base::Cell cell = this->activate(a, this->rows_[place], unit, count);
       S::store(fresh + unit, cell.c, count);
       S::store(output_gate + unit, cell.o, count);
     }
@@ -250,15 +251,17 @@ class LayerNormBackwardMember : BackwardMember<Real> {
   NOINLINE void compute_row(int64_t k, int64_t place) const {
     const LayerNorm<Real> &norm = plan_.norm;
     const int64_t t = timeline_.time(k), row = timeline_.row(place), hidden = plan_.hidden;
+    const BackwardRow<Real> &own = this->rows_[place];
     const Real *grad_m = plan_.grad_m + row * hidden;
-    const Real *output_gate = plan_.activations.at(t, row) + 3 * hidden;
-    Real *grad_z = plan_.grad_z.at(t, row), *grad_gates = plan_.grad_gates.at(t, row);
+    const Real *output_gate = own.activations + 3 * hidden;
+    Real *grad_z = plan_.grad_z.at(t, row), *grad_gates = own.grad_gates;
     // ĉ, LN(ĉ), its gradient and tanh(z), until δa takes their places.
     Real *fresh = grad_gates, *n_c = fresh + hidden, *grad_n = n_c + hidden;
     Real *tanh_z = grad_n + hidden;
     for (int64_t unit = 0; unit < hidden; unit += S::kWidth) {
       const int64_t count = hidden - unit;
-      S::store(fresh + unit, this->fresh_cell(k, place, unit, count), count);
+      S::store(fresh + unit,
+               this->fresh_cell(own.c, own.c_before, own.activations, unit, count), count);
     }
     const Moments<Real> c = moments_of(fresh, hidden, norm.eps);
     for (int64_t unit = 0; unit < hidden; unit += S::kWidth) {

@@ -71,9 +71,11 @@ namespace avx512 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+#define HAS_AVX2
 #define VECTOR_BYTES 32
 #define TILE_ROWS 3
 #include "kernels.h"
+#undef HAS_AVX2
 #undef VECTOR_BYTES
 #undef TILE_ROWS
 }  // namespace avx2

@@ -3,7 +3,7 @@
 
 // sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], begin <= k < end, one after another.
 template <class Real, int ROWS, int COLUMNS, int STEP>
-INLINE void accumulate_chain(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
+INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
                              const Real *const (&rows)[ROWS], const Real *__restrict panel,
                              int64_t begin, int64_t end) {
   typedef Simd<Real> S;
@@ -47,45 +47,28 @@ INLINE void accumulate_chain(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
 // a sum grows with the length of its chains.
 constexpr int64_t kChain = 256;
 
-// sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], k < depth.
-template <class Real, int ROWS, int COLUMNS, int STEP = 1>
-INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
-                       const Real *const (&rows)[ROWS], const Real *panel, int64_t depth) {
-  typename Simd<Real>::Vector chains[ROWS][COLUMNS];
-  int64_t k = 0;
-  for (;; k += kChain) {
-    accumulate_chain<Real, ROWS, COLUMNS, STEP>(sum, rows, panel, k, min(k + kChain, depth));
-    if (k + kChain >= depth) break;
-    for (int r = 0; r < ROWS; ++r) {
-      for (int z = 0; z < COLUMNS; ++z) {
-        chains[r][z] = k ? chains[r][z] + sum[r][z] : sum[r][z];
-        sum[r][z] = typename Simd<Real>::Vector{};
-      }
-    }
-  }
-  if (!k) return;
-  for (int r = 0; r < ROWS; ++r) {
-    for (int z = 0; z < COLUMNS; ++z) sum[r][z] += chains[r][z];
-  }
-}
-
-// out[r][0 ... filled-1] (+)= rows[r] · panel
+// out[r][0 ... filled-1] (+)= rows[r] · panel, sums staying in registers for a chain.
 template <class Real, int ROWS, int COLUMNS, int STEP>
-static void product_tile(const Real *const *rows, const Real *panel, int64_t depth,
-                         Real *const *out, int64_t filled, bool add) {
+NOINLINE static void product_tile(const Real *const *rows, const Real *panel, int64_t depth,
+                                  Real *const *out, int64_t filled, bool add) {
   typedef Simd<Real> S;
-  typename S::Vector sum[ROWS][COLUMNS] = {};
   const Real *a[ROWS];
   _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) a[r] = rows[r];
-  accumulate<Real, ROWS, COLUMNS, STEP>(sum, a, panel, depth);
-  _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
-    _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
-      const int64_t count = filled - z * S::kWidth;
-      if (count <= 0) break;
-      Real *p = out[r] + z * S::kWidth;
-      S::store(p, add ? sum[r][z] + S::load(p, count) : sum[r][z], count);
+  int64_t k = 0;
+  do {
+    typename S::Vector sum[ROWS][COLUMNS] = {};
+    accumulate<Real, ROWS, COLUMNS, STEP>(sum, a, panel, k, min(k + kChain, depth));
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
+      _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
+        const int64_t count = filled - z * S::kWidth;
+        if (count <= 0) break;
+        Real *p = out[r] + z * S::kWidth;
+        S::store(p, add ? sum[r][z] + S::load(p, count) : sum[r][z], count);
+      }
     }
-  }
+    add = true;
+    k += kChain;
+  } while (k < depth);
 }
 
 // Call tile with a tile's height as a compile-time number.
@@ -119,7 +102,7 @@ static void product_columns(int64_t count, const Real *const *rows, const Real *
 
 // One tile of a product: `count` rows, at most TILE_ROWS, times one panel.
 template <class Real, int STEP = 1>
-NOINLINE static void product(int64_t count, const Real *const *rows, const Panels &panels, int64_t panel,
+static void product(int64_t count, const Real *const *rows, const Panels &panels, int64_t panel,
                     const Real *packed, Real *const *out, bool add) {
   const Real *w = packed + panels.offset(panel);
   const int64_t filled = panels.filled(panel);

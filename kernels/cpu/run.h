@@ -160,6 +160,7 @@ struct Forward {
                  masks ? memory.take<Real>(2 * a.batch * a.features) : nullptr,
                  memory.take<Real>(staged * tile),
                  nullptr,
+                 memory.take<ForwardRow<Real>>(split.unit_groups * a.batch),
                  barriers(split, memory)};
     if (!memory.counting()) {
       advise_rows<Real>(a.h, rows, a.features);
@@ -226,6 +227,7 @@ struct Backward {
                  nullptr,
                  memory.take<ChunkBuffers<Real>>(split.row_groups),
                  memory.take<WeightGradients<Real>>(split.row_groups),
+                 memory.take<BackwardRow<Real>>(split.unit_groups * a.batch),
                  barriers(split, memory)};
     const auto take_if = [&](bool wanted, int64_t count) {
       return wanted ? memory.take<Real>(count) : nullptr;
