@@ -50,11 +50,11 @@ struct WeightGradients {
 // Where a row of a step lies.
 template <class Real>
 struct BackwardRow {
-  const Real *later;                      // δa (or δp) of the step after, where there is one
-  const Real *activations, *c, *c_before; // the last is c'
-  const Real *grad_h, *grad_c;            // null where they are not given
-  Real *grad_cell;                        // δc
-  Real *grad_gates;                       // δa
+  const Real *later;  // δa, or δp, of the step after, where there is one
+  const Real *activations, *c, *c_before;  // the last one is c'
+  const Real *grad_h, *grad_c;  // or null
+  Real *grad_cell;   // δc
+  Real *grad_gates;  // δa
 };
 
 template <class Real>
@@ -280,7 +280,8 @@ class BackwardMember : protected Member {
       const int64_t row = timeline_.row(place + q);
       for (int64_t done = 0; done < filled; done += S::kWidth) {
         const int64_t unit = first + done, left = filled - done;
-        Vector grad = going ? handed_on(S::load(sums + q * kTile + done), k + 1, row, unit, left)
+        Vector grad = going ? handed_on(S::load(sums + q * kTile + done, left), k + 1, row, unit,
+                                        left)
                             : S::load(plan_.grad_h_n.at(row) + unit, left);
         if (own.grad_h) grad += S::load(own.grad_h + unit, left);
         if (zoneout.data) {
@@ -296,7 +297,7 @@ class BackwardMember : protected Member {
         } else if (plan_.normalized) {
           S::store(plan_.grad_m + row * plan_.hidden + unit, grad, left);
         } else {
-          S::store(sums + q * kTile + done, grad);
+          S::store(sums + q * kTile + done, grad, left);
         }
       }
       if (!plan_.projected && !plan_.normalized) {

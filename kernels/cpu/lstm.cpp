@@ -32,7 +32,7 @@ constexpr int64_t kRowsOfAGroup = 4;
 constexpr int64_t kCachedWeights = int64_t{1} << 20;
 // Rows, over all steps, that repay a rearrangement of the weights; and what reading and rearranging
 // one weight costs.
-constexpr int64_t kPackedRows = 4;
+constexpr int64_t kPackedRows = 8;
 constexpr double kFlopsOfAWeight = 20;
 
 // The OpenMP runtime of the process, handed over by fused_lstm_set_openmp.

@@ -527,6 +527,7 @@ def check_layer(case, seed=0, inputs=None, grads=None, threads=THREADS, layout=N
 LAYERS = [
     Layer(1, 1, 1, 1),
     Layer(1, 7, 3, 5, D=2),
+    Layer(1, 9, 7, 21, D=2),
     Layer(2, 3, 1, 3, bias=False),
     Layer(3, 8, 5, 16, D=2, batch_first=True),
     Layer(23, 1, 4, 17),
