@@ -73,7 +73,7 @@ struct BackwardPlan {
   Panels projection_panels;  // W_hr [P, H]
   Panels input_panels;       // W_ih [4H, I]
   Panels x_panels, h_panels, m_panels;  // x [rows, I], h_{t-1} [rows, P], m [rows, H] of a chunk
-  Real *packed_hh, *packed_hr, *packed_ih;
+  Real *packed_hh, *packed_hr, *packed_ih;  // null where products read the weights in place
   Real *grad_m;    // [B, H], with a projection or normalized
   Real *zoned_h;   // [B, P], z_h ⊙ δh of the step after, where h is zoned out
   Real *masked_h;  // [members][P], a row of h' ⊙ recurrent_mask, where that is given
@@ -171,6 +171,7 @@ class BackwardMember : protected Member {
     if (plan_.grad_x.data) pack(plan_.input_panels, plan_.arguments->weight_ih, plan_.packed_ih);
   }
   void pack(const Panels &panels, const void *weight, Real *packed) const {
+    if (!packed) return;
     const Share mine = share_of_all(panels.count());
     for (int64_t p = mine.begin; p < mine.end; ++p) {
       const Real *in = static_cast<const Real *>(weight);
@@ -178,6 +179,10 @@ class BackwardMember : protected Member {
         pack_row(panels, p, in, packed_row(packed, panels, p, k));
       }
     }
+  }
+
+  static const Real *either(const Real *packed, const void *weight) {
+    return packed ? packed : static_cast<const Real *>(weight);
   }
 
   // δc starts as grad_c_n, in grad_c0, where it stays. So does δh of sequences without a step.
@@ -273,7 +278,8 @@ class BackwardMember : protected Member {
         in[q] = rows_[place + q].later;
         out[q] = sums + q * kTile;
       }
-      product<Real>(count, in, panels, p, plan_.packed_hh, out, false);
+      product<Real>(count, in, panels, p, either(plan_.packed_hh, plan_.arguments->weight_hh), out,
+                    false);
     }
     for (int64_t q = 0; q < count; ++q) {
       const BackwardRow<Real> &own = rows_[place + q];
@@ -332,7 +338,8 @@ class BackwardMember : protected Member {
                          place + q);
           out[q] = plan_.grad_m + timeline_.row(place + q) * plan_.hidden + first;
         }
-        product<Real>(count, in, panels, p, plan_.packed_hr, out, false);
+        product<Real>(count, in, panels, p, either(plan_.packed_hr, plan_.arguments->weight_hr), out,
+                      false);
         if (plan_.normalized) return;
         for (int64_t q = 0; q < count; ++q) cells(k, place + q, first, filled, out[q]);
       });
@@ -425,7 +432,8 @@ class BackwardMember : protected Member {
               row_of(plan_.grad_product, buffers_.gates, gate_width(), chunk, before, k, place + q);
           out[q] = hidden_gradient(timeline_.row(place + q)) + first;
         }
-        product<Real>(count, in, panels, p, plan_.packed_hh, out, false);
+        product<Real>(count, in, panels, p, either(plan_.packed_hh, plan_.arguments->weight_hh), out,
+                    false);
         for (int64_t q = 0; q < count; ++q) {
           const int64_t row = timeline_.row(place + q);
           for (int64_t unit = 0; unit < filled; unit += S::kWidth) {
@@ -664,7 +672,8 @@ class BackwardMember : protected Member {
           for (int64_t q = 0; q < count; ++q) {
             columns[q] = out[row + q] + panels.first_column(p);
           }
-          product<Real>(count, in + row, panels, p, plan_.packed_ih, columns, false);
+          product<Real>(count, in + row, panels, p,
+                        either(plan_.packed_ih, plan_.arguments->weight_ih), columns, false);
         });
       }
     }

@@ -189,7 +189,8 @@ class ForwardMember : protected Member {
           rows[q] = plan_.x.at(timeline_.time(k), timeline_.row(place));
           outs[q] = out + (first + q) * kTile;
         }
-        product_columns<Real, 4, 1>(count, rows, panel(block), plan_.inputs, outs, kTile, false);
+        product_columns<Real, 4, 1>(count, rows, panel(block), kTile, plan_.inputs, outs, kTile,
+                                    false);
       });
     }
     return end;
@@ -282,14 +283,14 @@ class ForwardMember : protected Member {
       in[q] = rows[q].recurrent;
       out[q] = from_h + q * kTile;
     }
-    product_columns<Real, 4, 1>(count, in, weights + plan_.inputs * kTile, plan_.features, out,
-                                kTile, false);
+    product_columns<Real, 4, 1>(count, in, weights + plan_.inputs * kTile, kTile, plan_.features,
+                                out, kTile, false);
     if (source_ == kFused) {
       for (int64_t q = 0; q < count; ++q) {
         in[q] = rows[q].input;
         out[q] = from_x + q * kTile;
       }
-      product_columns<Real, 4, 1>(count, in, weights, plan_.inputs, out, kTile, false);
+      product_columns<Real, 4, 1>(count, in, weights, kTile, plan_.inputs, out, kTile, false);
     } else {
       staged = stage_ + ((block - blocks_.begin) * kStagedRows + staged_row) * kTile;
     }

@@ -112,10 +112,12 @@ struct Modifiers {
   }
 };
 
-// A matrix [depth, width] cut into panels of at most `wide` vectors of `lanes` columns, each stored
-// as [depth][columns * lanes] with zeros behind the last column.
+// A matrix [depth, width] cut into panels of at most `wide` vectors of `lanes` columns. Either each
+// is stored by itself, as [depth][columns * lanes] with zeros behind the last column, or the matrix
+// stays where it is; then its width is whole vectors.
 struct Panels {
   int64_t depth, width, lanes, wide;
+  bool in_place = false;
 
   INLINE_MEMBER int64_t vectors() const { return divide_up(width, lanes); }
   INLINE_MEMBER int64_t size() const { return vectors() * lanes * depth; }
@@ -132,7 +134,13 @@ struct Panels {
     const int64_t left = min(vectors() - start(panel), wide);
     return left == 3 ? 2 : left;
   }
-  INLINE_MEMBER int64_t offset(int64_t panel) const { return start(panel) * lanes * depth; }
+  INLINE_MEMBER int64_t offset(int64_t panel) const {
+    return start(panel) * lanes * (in_place ? 1 : depth);
+  }
+  // Elements from one row of a panel to the next.
+  INLINE_MEMBER int64_t pitch(int64_t panel) const {
+    return in_place ? width : columns(panel) * lanes;
+  }
   INLINE_MEMBER int64_t first_column(int64_t panel) const { return start(panel) * lanes; }
   // Columns of the matrix, not of its padding.
   INLINE_MEMBER int64_t filled(int64_t panel) const {

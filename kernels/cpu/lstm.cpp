@@ -34,6 +34,9 @@ constexpr int64_t kCachedWeights = int64_t{1} << 20;
 // one weight costs.
 constexpr int64_t kPackedRows = 8;
 constexpr double kFlopsOfAWeight = 20;
+// Rows, over all steps, that repay a copy of the weights whose rows the backward pass reads, and which
+// may stay where they are otherwise.
+constexpr int64_t kCopiedRows = 64;
 
 // The OpenMP runtime of the process, handed over by fused_lstm_set_openmp.
 struct OpenMP {

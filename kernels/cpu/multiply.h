@@ -2,23 +2,23 @@
 // after simd.h.
 
 // sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], begin <= k < end, one after another.
+//   pitch: elements from panel[k] to panel[k + 1].
 template <class Real, int ROWS, int COLUMNS, int STEP>
 INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
-                             const Real *const (&rows)[ROWS], const Real *__restrict panel,
-                             int64_t begin, int64_t end) {
+                       const Real *const (&rows)[ROWS], const Real *__restrict panel,
+                       int64_t pitch, int64_t begin, int64_t end) {
   typedef Simd<Real> S;
   typedef typename S::Vector Vector;
-  constexpr int64_t kStep = COLUMNS * S::kWidth;
   int64_t k = begin;
-  panel += begin * kStep;
+  panel += begin * pitch;
   if constexpr (ROWS * COLUMNS < 8) {
     // Too few sums to hide the latency of an addition: a second set takes every other k.
     Vector odd[ROWS][COLUMNS] = {};
-    for (; k + 1 < end; k += 2, panel += 2 * kStep) {
+    for (; k + 1 < end; k += 2, panel += 2 * pitch) {
       Vector w[2][COLUMNS];
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
         w[0][z] = S::load(panel + z * S::kWidth);
-        w[1][z] = S::load(panel + kStep + z * S::kWidth);
+        w[1][z] = S::load(panel + pitch + z * S::kWidth);
       }
       _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
         const Vector a = S::broadcast(rows[r][k * STEP]);
@@ -33,7 +33,7 @@ INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) sum[r][z] += odd[r][z];
     }
   }
-  for (; k < end; ++k, panel += kStep) {
+  for (; k < end; ++k, panel += pitch) {
     Vector w[COLUMNS];
     _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) w[z] = S::load(panel + z * S::kWidth);
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
@@ -49,15 +49,15 @@ constexpr int64_t kChain = 256;
 
 // out[r][0 ... filled-1] (+)= rows[r] · panel, sums staying in registers for a chain.
 template <class Real, int ROWS, int COLUMNS, int STEP>
-NOINLINE static void product_tile(const Real *const *rows, const Real *panel, int64_t depth,
-                                  Real *const *out, int64_t filled, bool add) {
+NOINLINE static void product_tile(const Real *const *rows, const Real *panel, int64_t pitch,
+                                  int64_t depth, Real *const *out, int64_t filled, bool add) {
   typedef Simd<Real> S;
   const Real *a[ROWS];
   _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) a[r] = rows[r];
   int64_t k = 0;
   do {
     typename S::Vector sum[ROWS][COLUMNS] = {};
-    accumulate<Real, ROWS, COLUMNS, STEP>(sum, a, panel, k, min(k + kChain, depth));
+    accumulate<Real, ROWS, COLUMNS, STEP>(sum, a, panel, pitch, k, min(k + kChain, depth));
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
         const int64_t count = filled - z * S::kWidth;
@@ -94,25 +94,29 @@ INLINE void with_rows(int64_t count, Tile tile) {
 
 template <class Real, int COLUMNS, int STEP>
 static void product_columns(int64_t count, const Real *const *rows, const Real *panel,
-                            int64_t depth, Real *const *out, int64_t filled, bool add) {
+                            int64_t pitch, int64_t depth, Real *const *out, int64_t filled,
+                            bool add) {
   with_rows(count, [&](auto height) {
-    product_tile<Real, height(), COLUMNS, STEP>(rows, panel, depth, out, filled, add);
+    product_tile<Real, height(), COLUMNS, STEP>(rows, panel, pitch, depth, out, filled, add);
   });
 }
 
-// One tile of a product: `count` rows, at most TILE_ROWS, times one panel.
+// One tile of a product: `count` rows, at most TILE_ROWS, times one panel of those at `weights`.
 template <class Real, int STEP = 1>
 static void product(int64_t count, const Real *const *rows, const Panels &panels, int64_t panel,
-                    const Real *packed, Real *const *out, bool add) {
-  const Real *w = packed + panels.offset(panel);
-  const int64_t filled = panels.filled(panel);
+                    const Real *weights, Real *const *out, bool add) {
+  const auto columns = [&](auto width) {
+    product_columns<Real, width(), STEP>(count, rows, weights + panels.offset(panel),
+                                         panels.pitch(panel), panels.depth, out,
+                                         panels.filled(panel), add);
+  };
   switch (panels.columns(panel)) {
     case 4:
-      return product_columns<Real, 4, STEP>(count, rows, w, panels.depth, out, filled, add);
+      return columns(std::integral_constant<int, 4>());
     case 2:
-      return product_columns<Real, 2, STEP>(count, rows, w, panels.depth, out, filled, add);
+      return columns(std::integral_constant<int, 2>());
     default:
-      return product_columns<Real, 1, STEP>(count, rows, w, panels.depth, out, filled, add);
+      return columns(std::integral_constant<int, 1>());
   }
 }
 

@@ -187,6 +187,11 @@ struct Backward {
     const auto panels = [&](int64_t depth, int64_t width, int64_t members) {
       return Panels{depth, width, S::kWidth, Panels::wide_for(width, S::kWidth, members)};
     };
+    const auto weights = [&](int64_t depth, int64_t width, int64_t members) {
+      Panels result = panels(depth, width, members);
+      result.in_place = rows.count < kCopiedRows && width % S::kWidth == 0;
+      return result;
+    };
     // A chunk holds at least one step.
     const int64_t chunk_rows = max(kChunkRows, divide_up(a.batch, split.row_groups));
     Plan plan = {&a,
@@ -213,9 +218,9 @@ struct Backward {
                  a.features,
                  projected,
                  false,
-                 panels(gates, a.features, split.unit_groups),
-                 panels(a.features, a.hidden_size, split.unit_groups),
-                 panels(gates, a.input_size, 1),
+                 weights(gates, a.features, split.unit_groups),
+                 weights(a.features, a.hidden_size, split.unit_groups),
+                 weights(gates, a.input_size, 1),
                  panels(chunk_rows, a.input_size, 1),
                  panels(chunk_rows, a.features, 1),
                  panels(chunk_rows, a.hidden_size, 1),
@@ -232,9 +237,12 @@ struct Backward {
     const auto take_if = [&](bool wanted, int64_t count) {
       return wanted ? memory.take<Real>(count) : nullptr;
     };
-    plan.packed_hh = memory.take<Real>(plan.hidden_panels.size());
-    plan.packed_hr = take_if(projected, plan.projection_panels.size());
-    plan.packed_ih = take_if(a.grad_x.data, plan.input_panels.size());
+    const auto packed = [&](bool wanted, const Panels &matrix) {
+      return take_if(wanted && !matrix.in_place, matrix.size());
+    };
+    plan.packed_hh = packed(true, plan.hidden_panels);
+    plan.packed_hr = packed(projected, plan.projection_panels);
+    plan.packed_ih = packed(a.grad_x.data, plan.input_panels);
     plan.grad_m = take_if(projected, a.batch * a.hidden_size);
     plan.zoned_h = take_if(a.modifiers.zoneout_h.data, a.batch * a.features);
     plan.masked_h = take_if(a.modifiers.recurrent_mask.data, split.members() * a.features);
