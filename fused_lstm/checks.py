@@ -109,7 +109,7 @@ def fit(
     vector, inputs = (rows,), input.shape[-1]
     if (
         rows != 4 * hidden
-        or input.shape[:-1] != leading
+        or input.shape != (*leading, inputs)
         or c.shape != states
         or h.shape != (*outer, features)
         or not (h.dtype is c.dtype is dtype and h.is_cpu and c.is_cpu)

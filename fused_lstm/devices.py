@@ -13,6 +13,7 @@ __all__ = [
     "DeviceDescription",
     "autocast_is_on",
     "describe_device",
+    "device_of",
     "input_precision",
     "precision_of",
     "upload",
@@ -75,6 +76,14 @@ def _describe_torch_device(device: torch.device) -> DeviceDescription:
     else:
         arch = f"sm_{properties.major}{properties.minor}"
     return DeviceDescription("cuda", arch, properties.name)
+
+
+_CPU = describe_device("cpu")
+
+
+def device_of(tensor: Tensor) -> DeviceDescription:
+    """Describe the device of a tensor; at every call of a layer, and quickly on CPUs."""
+    return _CPU if tensor.is_cpu else describe_device(tensor.device)
 
 
 def autocast_is_on(device_type: str) -> bool:

@@ -18,7 +18,7 @@ from fused_lstm.backends import Problem
 from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.checks import check_cell, check_sequences, check_tensors, check_weights, fit
-from fused_lstm.devices import autocast_is_on, describe_device, precision_of
+from fused_lstm.devices import DeviceDescription, autocast_is_on, device_of, precision_of
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.layer import (
     PLAIN,
@@ -26,6 +26,7 @@ from fused_lstm.layer import (
     DirectionWeights,
     LayerOutput,
     composed_layer,
+    native_kernels,
     native_layer,
 )
 from fused_lstm.modifiers import (
@@ -190,6 +191,62 @@ def lstm(
     return _stack_of_layers(run, stack, x, hx, groups, normalization, first, return_cells)
 
 
+@_no_entry_for_compilers
+def quick_layer(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: list[Tensor],
+    input_size: int,
+    hidden_size: int,
+    bias: bool,
+    batch_first: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Run a plain layer in one direction on the native kernels, if nothing is out of the ordinary.
+
+    For a small layer the questions of `lstm` take longer than the answer. `fit` finds here what the
+    checks of the module and of `lstm` find there, and they say it.
+
+    Args:
+        input: [T, B, I], or [B, T, I] with batch_first; a plain tensor.
+        hx: h_0 and c_0 as the user gave them; zeros if None.
+        weights: of the layer, without a projection.
+        input_size: I of the module.
+        hidden_size: H of the module.
+        bias: whether `weights` holds biases.
+        batch_first: how the input is laid out.
+        backend: a backend's name, or None for the default choice.
+
+    Returns:
+        output, h_n and c_n as `lstm`, or None for "ask properly".
+    """
+    if (
+        transform_under_way()
+        or not (hx is None or (type(hx) is tuple and len(hx) == 2))
+        or recording_under_way((input, *(hx or ()), *weights))
+        or torch._C._is_any_autocast_enabled()
+        or not input.shape[1 if batch_first else 0]
+        or input.shape[2] != input_size
+    ):
+        return None
+    name = backends.requested_name(backend)
+    if name not in _NATIVE:
+        return None
+    groups = _by_direction(weights, bias, 1)
+    leading = input.shape[:2]
+    states = (1, leading[0 if batch_first else 1], hidden_size)
+    if hx is None:
+        zeros = torch.zeros(states, dtype=input.dtype, device=input.device)
+        hx = (zeros, zeros)
+    if not fit(groups, input, hx, leading, states, 1):
+        return None
+    problem = layers_problem(input, hx, weights, None, batch_first, "", ())
+    if backends.select_backend(problem, name) != NativeBackend.name:
+        return None
+    x, h_n, c_n, _ = native_layer(input, *hx, groups, None, PLAIN, batch_first)
+    return (x.transpose(0, 1) if batch_first else x), h_n, c_n
+
+
 def _additions(
     lengths: Tensor | None,
     resets: Tensor | None,
@@ -206,10 +263,13 @@ def _additions(
 # Backends that compute whole layers, and None: the choice may fall on one of them.
 _WHOLE_LAYERS = (None, NativeBackend.name, AtenBackend.name)
 
+# Of these, what chooses the native kernels, or may.
+_NATIVE = (None, NativeBackend.name)
+
 
 @functools.lru_cache(maxsize=4096)
 def _choose_for_cell(
-    device: torch.device,
+    device: DeviceDescription,
     dtype: torch.dtype,
     batch: int,
     hidden_size: int,
@@ -220,7 +280,7 @@ def _choose_for_cell(
 ) -> str:
     """Choose the backend of one step; the arguments are those of a Problem."""
     problem = Problem(
-        describe_device(device),
+        device,
         dtype,
         1,
         batch,
@@ -258,7 +318,7 @@ def layers_problem(
         steps, batch = batch_sizes.shape[0], hx[0].shape[1]
     else:
         batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
-    device = describe_device(input.device)
+    device = device_of(input)
     autocast = autocast_is_on(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else input.dtype
     # By position: this runs at every call of every layer.
@@ -519,10 +579,11 @@ def lstm_cell(
         name = backends.requested_name(name)
         if name in _WHOLE_LAYERS:
             transform = transform or recording_under_way((input, *hx, *weights))
-            autocast = autocast_is_on(input.device.type)
+            device = device_of(input)
+            autocast = autocast_is_on(device.type)
             chosen = _choose_for_cell(
-                input.device,
-                torch.get_autocast_dtype(input.device.type) if autocast else input.dtype,
+                device,
+                torch.get_autocast_dtype(device.type) if autocast else input.dtype,
                 input.shape[0],
                 weight_hh.shape[1],
                 torch.is_grad_enabled(),
@@ -535,7 +596,7 @@ def lstm_cell(
             if chosen == NativeBackend.name and not transform:
                 x = input
                 if autocast:
-                    dtype = torch.get_autocast_dtype(input.device.type)
+                    dtype = torch.get_autocast_dtype(device.type)
                     x, hx, _ = _cast(dtype, input, hx, [])
                     weights = DirectionWeights(
                         *(w if w is None else w.to(dtype) for w in weights)  # type: ignore[arg-type]
@@ -564,10 +625,11 @@ def quick_cell(
     """Compute one step without gradients on the native kernels, if nothing is out of the ordinary.
 
     For a small cell the questions of `lstm_cell` take longer than the answer; here they are asked
-    in one expression. Arguments and results as there; None for "ask properly".
+    in one expression. Arguments and results as there, the input a plain tensor; None for "ask
+    properly".
     """
     h, c = hx
-    if not (input.dim() == h.dim() == c.dim() == 2):
+    if not (type(h) is type(c) is Tensor and input.dim() == h.dim() == c.dim() == 2):
         return None
     dtype, (batch, hidden) = input.dtype, h.shape
     rows, states = (4 * hidden,), (batch, hidden)
@@ -579,7 +641,6 @@ def quick_cell(
         or transform_under_way()
         or torch._C._is_tracing()
         or torch._C._is_any_autocast_enabled()
-        or not (type(input) is type(h) is type(c) is Tensor)
         or not (type(weight_ih) is type(weight_hh) is torch.nn.Parameter)
         or not (type(bias_ih) is type(bias_hh) is torch.nn.Parameter)
         or bias_ih is None
@@ -602,10 +663,38 @@ def quick_cell(
     ):
         return None
     chosen = _choose_for_cell(
-        input.device, dtype, batch, hidden, False, False, "", backends.requested_name(None)
+        device_of(input), dtype, batch, hidden, False, False, "", backends.requested_name(None)
     )
     if chosen != NativeBackend.name:
         return None
-    from fused_lstm.kernels import cpu as kernels
+    return native_kernels().cell_forward(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)  # type: ignore[no-any-return]
 
-    return kernels.cell_forward(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)  # type: ignore[no-any-return]
+
+@_no_entry_for_compilers
+def quick_cell_to_train(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Compute one step with gradients; arguments and results as of `quick_cell`."""
+    h, c = hx
+    weights = DirectionWeights(weight_ih, weight_hh, bias_ih, bias_hh)
+    if (
+        transform_under_way()
+        or recording_under_way((input, h, c, *weights))
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return None
+    states = input.shape[0], weight_hh.shape[1]
+    if not fit([weights], input, hx, states[:1], states, 1):
+        return None
+    chosen = _choose_for_cell(
+        device_of(input), input.dtype, *states, True, False, "", backends.requested_name(None)
+    )
+    if chosen != NativeBackend.name:
+        return None
+    h, c = native_layer(input, h, c, [weights])[1:3]
+    return h, c

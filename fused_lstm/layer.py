@@ -9,6 +9,7 @@ or proj_size), `D` directions, `N` rows of a packed batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ __all__ = [
     "LayerOutput",
     "composed_layer",
     "grouped",
+    "native_kernels",
     "native_layer",
     "within_lengths",
 ]
@@ -202,6 +204,14 @@ def within_lengths(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
     return torch.where(beyond.unsqueeze(-1), torch.zeros_like(x), x)
 
 
+@functools.cache
+def native_kernels() -> Any:
+    """Import the kernels at their first call, and not at every one: that takes a microsecond."""
+    from fused_lstm.kernels import cpu as kernels
+
+    return kernels
+
+
 def native_layer(
     x: Tensor,
     h_0: Tensor,
@@ -243,23 +253,13 @@ def native_layer(
         or any(w is not None and w.requires_grad for own in weights for w in own)
     ):
         flat = [w for own in weights for w in own]
-        masks: list[Tensor | None] = []
-        lengths, resets, *_, cell_clip = modifiers[0]
+        cell_clip = None
         if modifiers[0] is not NO_MODIFIERS:
-            masks = [mask for own in modifiers for mask in own[2:5]]
+            lengths, resets, *_, cell_clip = modifiers[0]
+            flat += [lengths, resets, *(mask for own in modifiers for mask in own[2:5])]
+        # Few arguments: autograd looks at each one, here and in the backward pass.
         outputs: tuple[Tensor, ...] = LSTMLayerFunction.apply(  # type: ignore[no-untyped-call]
-            x,
-            h_0,
-            c_0,
-            batch_sizes,
-            batch_first,
-            lengths,
-            resets,
-            cell_clip,
-            return_cells,
-            len(weights),
-            *flat,
-            *masks,
+            (batch_first, cell_clip, return_cells, len(weights)), x, h_0, c_0, batch_sizes, *flat
         )
         if len(outputs) == 2:
             # A cell's output is h_n, and no output of its own.
@@ -267,9 +267,7 @@ def native_layer(
             return LayerOutput(h_n, h_n, c_n, None)
         output, h_n, c_n, *cells = outputs
         return LayerOutput(output, h_n, c_n, cells[0] if cells else None)
-    from fused_lstm.kernels import cpu as kernels
-
-    out = kernels.layer_forward(
+    out = native_kernels().layer_forward(
         x, h_0, c_0, weights, batch_sizes, batch_first, modifiers, False, return_cells
     )
     return LayerOutput(out.output, out.h_n, out.c_n, out.c)
@@ -293,7 +291,7 @@ def _composed_like_native(
 
 
 # Arguments of `LSTMLayerFunction.forward` before the weights.
-_LEADING = 10
+_LEADING = 5
 
 
 class LSTMLayerFunction(torch.autograd.Function):
@@ -308,69 +306,62 @@ class LSTMLayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        layout: tuple[bool, float | None, bool, int],
         x: Tensor,
         h_0: Tensor,
         c_0: Tensor,
         batch_sizes: Tensor | None,
-        batch_first: bool,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        cell_clip: float | None,
-        return_cells: bool,
-        directions: int,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Compute output (not for a cell), h_n, c_n and maybe cells; see `native_layer`.
 
-        `flat` are the five weights of each direction, and then its three masks.
+        `layout` is batch_first, cell_clip, return_cells and the number of directions; `flat` are
+        the five weights of each direction, and then, if anything modifies the recurrence, lengths,
+        resets and the three masks of each direction.
         """
-        from fused_lstm.kernels import cpu as kernels
-
-        weights, masks = flat[: 5 * directions], flat[5 * directions :]
-        modifiers = _modifiers(lengths, resets, masks, cell_clip)
-        out = kernels.layer_forward(
+        batch_first, cell_clip, return_cells, directions = layout
+        weights, modifying = flat[: 5 * directions], flat[5 * directions :]
+        out = native_kernels().layer_forward(
             x,
             h_0,
             c_0,
             grouped(weights),
             batch_sizes,
             batch_first,
-            modifiers,
+            _modifiers(modifying, cell_clip),
             True,
             return_cells,
         )
-        ctx.layout = batch_first, cell_clip, return_cells, directions
-        ctx.save_for_backward(
-            x, h_0, c_0, batch_sizes, lengths, resets, out.output, out.c, out.activations, *flat
-        )
+        output, h_n, c_n, c, activations = out
+        ctx.layout = layout
+        ctx.save_for_backward(x, h_0, c_0, batch_sizes, output, c, activations, *flat)
         ctx.set_materialize_grads(False)
-        if x.dim() == h_0.dim() == 2:
-            return out.h_n, out.c_n
-        return (*out[:3], out.c) if return_cells else out[:3]
+        if output is h_n:
+            # A cell's output is h_n, and no output of its own.
+            return h_n, c_n
+        return (output, h_n, c_n, c) if return_cells else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the recurrence in reverse, and multiply as it goes."""
         needed = ctx.needs_input_grad
-        if all(grad is None for grad in grads):
+        given = [grad for grad in grads if grad is not None]
+        if not given:
             return (None,) * len(needed)
-        x, h_0, c_0, batch_sizes, lengths, resets, output, c, activations, *flat = ctx.saved_tensors
+        x, h_0, c_0, batch_sizes, output, c, activations, *flat = ctx.saved_tensors
         batch_first, cell_clip, return_cells, directions = ctx.layout
-        flat, masks = flat[: 5 * directions], flat[5 * directions :]
-        modifiers = _modifiers(lengths, resets, masks, cell_clip)
-        rest = (None,) * (_LEADING - 3)
-        no_masks = (None,) * len(masks)
-        wanted = needed[_LEADING : _LEADING + len(flat)]
-        if torch.is_grad_enabled() or not all(map(readable, grads)):
-            inputs = (x, h_0, c_0, *flat)
+        weights, modifying = flat[: 5 * directions], flat[5 * directions :]
+        modifiers = _modifiers(modifying, cell_clip)
+        no_more = (None,) * len(modifying)
+        wanted = needed[_LEADING : _LEADING + 5 * directions]
+        if torch.is_grad_enabled() or not all(map(readable, given)):
+            inputs = (x, h_0, c_0, *weights)
             sequence = (batch_sizes, modifiers, batch_first, return_cells)
-            result = _differentiable(inputs, sequence, grads, (*needed[:3], *wanted))
-            return (*result[:3], *rest, *result[3:], *no_masks)
-        from fused_lstm.kernels import cpu as kernels
-
+            result = _differentiable(inputs, sequence, grads, (*needed[1:4], *wanted))
+            return (None, *result[:3], None, *result[3:], *no_more)
         cell = len(grads) == 2
         grad_output, grad_h_n, grad_c_n = (None, *grads) if cell else grads[:3]
-        gradients = kernels.layer_backward(
+        grad_x, grad_h_0, grad_c_0, grad_weights = native_kernels().layer_backward(
             grad_output,
             grad_h_n,
             grad_c_n,
@@ -378,24 +369,25 @@ class LSTMLayerFunction(torch.autograd.Function):
             x,
             h_0,
             c_0,
-            grouped(flat),
+            grouped(weights),
             batch_sizes,
             batch_first,
             modifiers,
             output,
             c,
             activations,
-            needed[0],
+            needed[1],
             any(wanted),
         )
-        every = [grad for own in gradients.weights for grad in own]
+        every = [grad for own in grad_weights for grad in own]
         return (
-            gradients.input,
-            gradients.h0 if needed[1] else None,
-            gradients.c0 if needed[2] else None,
-            *rest,
-            *(grad if need else None for grad, need in zip(every, wanted, strict=True)),
-            *no_masks,
+            None,
+            grad_x,
+            grad_h_0 if needed[2] else None,
+            grad_c_0 if needed[3] else None,
+            None,
+            *[grad if need else None for grad, need in zip(every, wanted, strict=True)],
+            *no_more,
         )
 
 
@@ -407,15 +399,11 @@ def grouped(flat: Sequence[Tensor | None], each: int = 5) -> list[DirectionWeigh
     ]
 
 
-def _modifiers(
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    masks: Sequence[Tensor | None],
-    cell_clip: float | None,
-) -> Sequence[Modifiers]:
-    """Modifiers by direction, from the masks of all in one list."""
-    if not masks:
+def _modifiers(modifying: Sequence[Tensor | None], cell_clip: float | None) -> Sequence[Modifiers]:
+    """Modifiers by direction, from lengths, resets and the masks of all in one list."""
+    if not modifying:
         return PLAIN
+    lengths, resets, *masks = modifying
     return [
         Modifiers(lengths, resets, masks[k], masks[k + 1], masks[k + 2], cell_clip)
         for k in range(0, len(masks), 3)

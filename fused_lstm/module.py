@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from fused_lstm.sequences import Lengths, as_lengths, as_packed_resets, as_reset
 __all__ = ["LSTM", "LSTMCell"]
 
 HiddenState = tuple[Tensor, Tensor]
+
+# The parameters of a cell, in torch's order.
+_WEIGHTS_OF_A_CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class LSTM(nn.LSTM):
@@ -249,6 +252,30 @@ class LSTM(nn.LSTM):
                 range on a GPU fail an assertion of the device.
             BackendUnavailableError: if the named backend cannot run the problem.
         """
+        if (
+            type(input) is Tensor
+            and input.dim() == 3
+            and lengths is resets is None
+            and not return_cells
+            and type(self) is LSTM
+            and self.num_layers == 1
+            and not (self.bidirectional or self.proj_size)
+            and self._regularization() is NO_REGULARIZATION
+        ):
+            # What most small models look like.
+            result = functional.quick_layer(
+                input,
+                hx,
+                self._current_weights(),
+                self.input_size,
+                self.hidden_size,
+                self.bias,
+                self.batch_first,
+                self.backend,
+            )
+            if result is not None:
+                output, h_n, c_n = result
+                return output, (h_n, c_n)
         if _is_fx_call(self, LSTM, input, hx, lengths, resets):
             options = {"lengths": lengths, "resets": resets, "return_cells": return_cells or None}
             return _as_fx_call(self, input, hx, **options)
@@ -451,8 +478,12 @@ class LSTMCell(nn.LSTMCell):
         if type(input) is Tensor and type(hx) is tuple and len(hx) == 2 and input.dim() == 2:
             # What a stream of single steps looks like.
             parameters = self._parameters
-            if self.backend is None and len(parameters) == 4:
-                result = functional.quick_cell(input, hx, *parameters.values())  # type: ignore[arg-type]
+            # They are taken by position: one that was taken out and put back is the last.
+            if self.backend is None and tuple(parameters) == _WEIGHTS_OF_A_CELL:
+                quick = functional.quick_cell
+                if torch.is_grad_enabled():
+                    quick = functional.quick_cell_to_train
+                result = quick(input, hx, *parameters.values())  # type: ignore[arg-type]
                 if result is not None:
                     return result
         if _is_fx_call(self, LSTMCell, input, hx):
@@ -475,7 +506,7 @@ class LSTMCell(nn.LSTMCell):
         parameters = self._parameters
         weights: list[Any] = [
             parameters[name] if name in parameters else getattr(self, name)
-            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            for name in _WEIGHTS_OF_A_CELL
         ]
         h, c = functional.lstm_cell(x, hx, *weights, backend=self.backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
@@ -488,7 +519,7 @@ class LSTMCell(nn.LSTMCell):
     def to_torch(self) -> nn.LSTMCell:
         """Return an equal `torch.nn.LSTMCell` that shares this module's parameters."""
         twin = nn.LSTMCell(self.input_size, self.hidden_size, self.bias, device="meta")
-        _share_weights(self, twin, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+        _share_weights(self, twin, _WEIGHTS_OF_A_CELL)
         return twin.train(self.training)
 
     def __prepare_scriptable__(self) -> nn.LSTMCell:
@@ -588,7 +619,7 @@ def _scriptable(module: nn.Module, cls: type[nn.Module], twin: Callable[[], Any]
     return twin()
 
 
-def _share_weights(source: nn.Module, target: nn.Module, names: list[str]) -> None:
+def _share_weights(source: nn.Module, target: nn.Module, names: Iterable[str]) -> None:
     """Give `target` the weights of `source`: parameters stay parameters, tensors stay tensors."""
     for name in names:
         weight = getattr(source, name)
