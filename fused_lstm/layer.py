@@ -238,20 +238,29 @@ def native_layer(
     if not x.shape[-1]:
         # No features: a kernel knows by them that there is an input.
         return _composed_like_native(x, h_0, c_0, weights, *sequence)
-    if x.dtype == torch.bfloat16:
-        # In float32: faster than oneDNN's bfloat16 kernels, and rounded once, at the end.
+    differentiated = torch.is_grad_enabled() and (
+        x.requires_grad
+        or h_0.requires_grad
+        or c_0.requires_grad
+        or any(w is not None and w.requires_grad for own in weights for w in own)
+    )
+    from fused_lstm.kernels import cpu as kernels
+
+    if x.dtype == torch.bfloat16 and (
+        differentiated
+        or return_cells
+        or any(own.hr is not None for own in weights)
+        or any(mask is not None for own in modifiers for mask in own[2:5])
+        or not kernels.multiplies_bfloat16()
+    ):
+        # In float32, and rounded once, at the end.
         wide = [DirectionWeights(*map(widened, own)) for own in weights]
         modifiers = [widened(modifier) for modifier in modifiers]
         out = native_layer(
             x.float(), h_0.float(), c_0.float(), wide, batch_sizes, modifiers, *sequence[2:]
         )
         return LayerOutput(*(None if t is None else t.bfloat16() for t in out))  # type: ignore[arg-type]
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or h_0.requires_grad
-        or c_0.requires_grad
-        or any(w is not None and w.requires_grad for own in weights for w in own)
-    ):
+    if differentiated:
         flat = [w for own in weights for w in own]
         cell_clip = None
         if modifiers[0] is not NO_MODIFIERS:

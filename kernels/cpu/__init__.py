@@ -6,7 +6,14 @@ equations and who computes what; `layout.h`, `multiply.h` and `simd.h`, the part
 and `layer_norm.py` call them.
 """
 
-from .launch import cell_forward, layer_backward, layer_forward, lstm_backward, lstm_forward
+from .launch import (
+    cell_forward,
+    layer_backward,
+    layer_forward,
+    lstm_backward,
+    lstm_forward,
+    multiplies_bfloat16,
+)
 from .layer_norm import layer_norm_backward, layer_norm_forward
 from .library import Library, LibraryUnavailableError, load
 
@@ -21,4 +28,5 @@ __all__ = [
     "load",
     "lstm_backward",
     "lstm_forward",
+    "multiplies_bfloat16",
 ]

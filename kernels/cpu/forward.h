@@ -17,42 +17,48 @@
 // sequences in registers, from x and then h, and turns them into c and h without leaving them.
 // Members of a team own rows (sequences) and blocks; they meet after every step, unless each owns
 // all blocks of its rows.
+//
+// Tensors hold numbers as they are Stored, and Real is what is computed with. Where that is wider, h
+// is rounded as it is stored, and enters the next step so; c is not, it has memory of its own.
 
 // What a row brings into a step, and where its results go.
-template <class Real>
+template <class Stored, class Real = typename Factors<Stored>::Real>
 struct ForwardRow {
-  const Real *input;      // x, or the gates that are given
-  const Real *recurrent;  // what enters W_hh: h', or h' ⊙ recurrent_mask
-  const Real *h, *c;      // h' and c'
-  Real *new_h, *new_c;
-  Real *cell_output;      // o ⊙ tanh(c), or null without a projection
-  Real *activations;      // or null
+  const Stored *input;      // x, or the gates that are given
+  const Stored *recurrent;  // what enters W_hh: h', or h' ⊙ recurrent_mask
+  const Stored *h;          // h'
+  const Real *c;            // c'
+  Stored *new_h;
+  Real *new_c;
+  Real *cell_output;    // o ⊙ tanh(c), or null without a projection
+  Stored *activations;  // or null
 };
 
 // What all threads of one recurrence share.
-template <class Real>
+template <class Stored, class Real = typename Factors<Stored>::Real>
 struct ForwardPlan {
   const LstmForward *arguments;
   const Timeline *timelines;  // one for each group of rows
   Modifiers<Real> modifiers;
-  Sequence<Real> gates, x, h;
-  Sequence<Real> c;           // c_n at every step where it is not kept
-  Sequence<Real> activations;
-  State<Real> h0, c0;
+  Sequence<Stored> gates, x, h;
+  Sequence<Real> c;  // the same row at every step where it is not kept
+  Sequence<Stored> activations;
+  State<Stored> h0;
+  State<Real> c0;    // where c is wide: its row, which the initial state is copied to
   LstmState h_n, c_n;
   int64_t inputs, hidden, features;
   Panels projection;      // W_hrᵀ [H, P]
   bool packs_late;        // a single step needs each panel once: it is packed just before
-  // [blocks][I + P][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member that packs late;
-  // null where weights are read as they are.
+  // [blocks][I + P, in cells][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member that
+  // packs late; null where weights are read as they are.
   Real *panels;
   Real *bias;             // likewise [..][4][lanes]
   Real *projection_panels;
   Real *cell_output;      // [B, H], o ⊙ tanh(c) of one step, where there is a projection
-  Real *masked;           // [2][B, P], h ⊙ recurrent_mask of two steps, where that is given
+  Stored *masked;         // [2][B, P], h ⊙ recurrent_mask of two steps, where that is given
   Real *staged;           // x·W_ihᵀ of several steps, where x does not enter with h
   Real *products;         // [B, 4H], h'·W_hhᵀ of one step, where layer_norm.h makes gates of them
-  ForwardRow<Real> *rows;  // [unit groups][B], of one step, by each member for itself
+  ForwardRow<Stored> *rows;  // [unit groups][B], of one step, by each member for itself
   Barrier *barriers;      // one per group of rows, and one for all
 };
 
@@ -64,12 +70,14 @@ constexpr int64_t kFusedRows = 4;
 static_assert(kFusedRows <= kRowsOfAGroup && kFusedRows <= kPackedRows && kFusedRows <= kStagedRows,
               "see above");
 
-template <class Real>
+template <class Stored>
 class ForwardMember : protected Member {
  protected:
+  typedef Factors<Stored> F;
+  typedef typename F::Real Real;
   typedef Simd<Real> S;
   typedef typename S::Vector Vector;
-  typedef ForwardPlan<Real> Plan;
+  typedef ForwardPlan<Stored> Plan;
 
  public:
   ForwardMember(const Plan &plan, const Split &split, int64_t member)
@@ -102,15 +110,19 @@ class ForwardMember : protected Member {
  protected:
   enum Source { kNone, kGiven, kStaged, kFused };
   static constexpr int64_t kTile = 4 * S::kWidth;
+  // Whether c is wider than what is stored; there is no projection then.
+  static constexpr bool kWide = !std::is_same<Stored, Real>::value;
 
   const Plan &plan_;
   const Timeline timeline_;
   const Share blocks_;
   Source source_;
   Real *stage_;
-  ForwardRow<Real> *rows_;
+  ForwardRow<Stored> *rows_;
 
-  int64_t depth() const { return plan_.inputs + plan_.features; }
+  // The rows of a panel, of cells.
+  static int64_t cells(int64_t numbers) { return divide_up(numbers, F::kEach); }
+  int64_t depth() const { return cells(plan_.inputs) + cells(plan_.features); }
   Real *panel(int64_t block) const {
     return plan_.panels + (plan_.packs_late ? member_ : block) * depth() * kTile;
   }
@@ -124,6 +136,7 @@ class ForwardMember : protected Member {
       for (int64_t block = mine.begin; block < mine.end; ++block) pack(block);
     }
     pack_projection();
+    if constexpr (kWide) widen_initial();
     if (plan_.masked) mask_initial();
     if (plan_.arguments->modifiers.lengths) clear_idle();
   }
@@ -131,24 +144,24 @@ class ForwardMember : protected Member {
   // Lay out the weights of a block, its four gates side by side.
   void pack(int64_t block) {
     const LstmForward &arguments = *plan_.arguments;
-    const Real *sources[2] = {static_cast<const Real *>(arguments.weight_ih),
-                              static_cast<const Real *>(arguments.weight_hh)};
+    const Stored *sources[2] = {static_cast<const Stored *>(arguments.weight_ih),
+                                static_cast<const Stored *>(arguments.weight_hh)};
     const int64_t depths[2] = {plan_.inputs, plan_.features};
-    const Real *biases[2] = {static_cast<const Real *>(arguments.bias_ih),
-                             static_cast<const Real *>(arguments.bias_hh)};
+    const Stored *biases[2] = {static_cast<const Stored *>(arguments.bias_ih),
+                               static_cast<const Stored *>(arguments.bias_hh)};
     const int64_t unit = block * S::kWidth, count = plan_.hidden - unit;
     Real *out = panel(block);
-    for (int s = 0; s < 2; out += depths[s] * kTile, ++s) {
+    for (int s = 0; s < 2; out += cells(depths[s]) * kTile, ++s) {
       for (int gate = 0; gate < 4; ++gate) {
-        const Real *weight = sources[s] + (gate * plan_.hidden + unit) * depths[s];
-        pack_transposed<Real>(depths[s], out + gate * S::kWidth, kTile, [&](int64_t l) {
+        const Stored *weight = sources[s] + (gate * plan_.hidden + unit) * depths[s];
+        pack_transposed<Stored>(depths[s], out + gate * S::kWidth, kTile, [&](int64_t l) {
           return l < count ? weight + l * depths[s] : nullptr;
         });
       }
     }
     for (int gate = 0; gate < 4; ++gate) {
       Vector sum{};
-      for (const Real *b : biases) {
+      for (const Stored *b : biases) {
         if (b) sum += S::load(b + gate * plan_.hidden + unit, count);
       }
       S::store(bias(block) + gate * S::kWidth, sum);
@@ -182,30 +195,46 @@ class ForwardMember : protected Member {
       Real *out = stage_ + (block - blocks_.begin) * kStagedRows * kTile;
       int64_t k = begin, place = 0;
       for_each_tile({0, timeline_.active(begin, end)}, [&](int64_t first, int64_t count) {
-        const Real *rows[TILE_ROWS];
+        const Stored *rows[TILE_ROWS];
         Real *outs[TILE_ROWS];
         for (int64_t q = 0; q < count; ++q, ++place) {
           for (; place == timeline_.active(k); ++k) place = 0;
           rows[q] = plan_.x.at(timeline_.time(k), timeline_.row(place));
           outs[q] = out + (first + q) * kTile;
         }
-        product_columns<Real, 4, 1>(count, rows, panel(block), kTile, plan_.inputs, outs, kTile,
-                                    false);
+        product_columns<Stored, 4, 1>(count, rows, panel(block), kTile, plan_.inputs, outs, kTile,
+                                      false);
       });
     }
     return end;
   }
 
+  // The initial cell states, of this member's rows and blocks.
+  void widen_initial() {
+    const LstmState &c0 = plan_.arguments->c0;
+    const Share units = own_units();
+    for (int64_t place = 0; place < timeline_.count; ++place) {
+      const int64_t row = timeline_.row(place);
+      Real *out = plan_.c.at(0, row);
+      if (c0.data) {
+        copy(out, static_cast<const Stored *>(c0.data) + row * c0.stride_b, units);
+      } else {
+        copy(out, plan_.modifiers.zeros, units);
+      }
+    }
+  }
+
   // What enters W_hh with a recurrent mask: of step k, while step k+1 makes its own. Until a row
   // begins, both hold its initial state.
-  Real *masked(int64_t k, int64_t row) const {
+  Stored *masked(int64_t k, int64_t row) const {
     return plan_.masked + ((k & 1) * plan_.arguments->batch + row) * plan_.features;
   }
   void mask_initial() {
     const Share mine = share(timeline_.count);
     for (int64_t place = mine.begin; place < mine.end; ++place) {
       const int64_t row = timeline_.row(place);
-      const Real *h = plan_.h0.at(row), *mask = plan_.modifiers.recurrent_mask.at(row);
+      const Stored *h = plan_.h0.at(row);
+      const Real *mask = plan_.modifiers.recurrent_mask.at(row);
       for (int64_t unit = 0; unit < plan_.features; unit += S::kWidth) {
         const int64_t count = plan_.features - unit;
         const Vector product = S::load(h + unit, count) * S::load(mask + unit, count);
@@ -227,9 +256,11 @@ class ForwardMember : protected Member {
     if (!timeline_.active(k)) return;
     look_up_rows(k);
     compute_blocks(k, staged_row);
-    if (plan_.cell_output) {
-      meet();
-      project(k);
+    if constexpr (!kWide) {
+      if (plan_.cell_output) {
+        meet();
+        project(k);
+      }
     }
     meet();
   }
@@ -237,10 +268,10 @@ class ForwardMember : protected Member {
   // Where the rows of a step lie is the same for all blocks.
   void look_up_rows(int64_t k) {
     const int64_t t = timeline_.time(k), active = timeline_.active(k);
-    const Sequence<Real> &input = plan_.gates.data ? plan_.gates : plan_.x;
+    const Sequence<Stored> &input = plan_.gates.data ? plan_.gates : plan_.x;
     for (int64_t place = 0; place < active; ++place) {
       const int64_t row = timeline_.row(place);
-      const Real *h = plan_.modifiers.before(plan_.h, plan_.h0, timeline_, k, place);
+      const Stored *h = plan_.modifiers.before(plan_.h, plan_.h0, timeline_, k, place);
       const bool masks = plan_.masked && !plan_.modifiers.reset(t, row);
       rows_[place] = {input.at(t, row),
                       masks ? masked(k - 1, row) : h,
@@ -276,21 +307,22 @@ class ForwardMember : protected Member {
     // [rows][4][lanes]. h·W_hhᵀ is summed by itself: added to what x has made, every one of its
     // products would be rounded at the size of that.
     alignas(64) Real from_h[TILE_ROWS * kTile], from_x[TILE_ROWS * kTile];
-    const ForwardRow<Real> *rows = rows_ + place;
-    const Real *in[TILE_ROWS], *staged = from_x;
+    const ForwardRow<Stored> *rows = rows_ + place;
+    const Stored *in[TILE_ROWS];
     Real *out[TILE_ROWS];
+    const Real *staged = from_x;
     for (int64_t q = 0; q < count; ++q) {
       in[q] = rows[q].recurrent;
       out[q] = from_h + q * kTile;
     }
-    product_columns<Real, 4, 1>(count, in, weights + plan_.inputs * kTile, kTile, plan_.features,
-                                out, kTile, false);
+    product_columns<Stored, 4, 1>(count, in, weights + cells(plan_.inputs) * kTile, kTile,
+                                  plan_.features, out, kTile, false);
     if (source_ == kFused) {
       for (int64_t q = 0; q < count; ++q) {
         in[q] = rows[q].input;
         out[q] = from_x + q * kTile;
       }
-      product_columns<Real, 4, 1>(count, in, weights, kTile, plan_.inputs, out, kTile, false);
+      product_columns<Stored, 4, 1>(count, in, weights, kTile, plan_.inputs, out, kTile, false);
     } else {
       staged = stage_ + ((block - blocks_.begin) * kStagedRows + staged_row) * kTile;
     }
@@ -321,9 +353,9 @@ class ForwardMember : protected Member {
     const int64_t hidden = plan_.hidden;
     const int64_t unit = block * S::kWidth, count = min(S::kWidth, hidden - unit);
     const LstmForward &arguments = *plan_.arguments;
-    const Real *biases[2] = {static_cast<const Real *>(arguments.bias_ih),
-                             static_cast<const Real *>(arguments.bias_hh)};
-    const ForwardRow<Real> &row = rows_[place];
+    const Stored *biases[2] = {static_cast<const Stored *>(arguments.bias_ih),
+                               static_cast<const Stored *>(arguments.bias_hh)};
+    const ForwardRow<Stored> &row = rows_[place];
     Vector a[4];
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t first = gate * hidden + unit;
@@ -333,7 +365,7 @@ class ForwardMember : protected Member {
       }
       dot_products(products, row.recurrent, arguments.weight_hh, first, count, plan_.features);
       a[gate] = S::sums(products);
-      for (const Real *b : biases) {
+      for (const Stored *b : biases) {
         if (b) a[gate] += S::load(b + first, count);
       }
       if (source_ == kGiven) a[gate] += S::load(row.input + first, count);
@@ -344,14 +376,15 @@ class ForwardMember : protected Member {
   }
 
   // products[u] += vector * row (first + u) of a matrix [.., depth]; rows from `count` on repeat.
-  INLINE void dot_products(Vector (&products)[S::kWidth], const Real *vector, const void *matrix,
+  INLINE void dot_products(Vector (&products)[S::kWidth], const Stored *vector, const void *matrix,
                            int64_t first, int64_t count, int64_t depth) {
-    const Real *rows = static_cast<const Real *>(matrix) + first * depth;
-    for (int64_t k = 0; k < depth; k += S::kWidth) {
+    const Stored *rows = static_cast<const Stored *>(matrix) + first * depth;
+    for (int64_t k = 0; k < depth; k += S::kWidth * F::kEach) {
       const int64_t left = depth - k;
-      const Vector v = S::load(vector + k, left);
+      const Vector v = F::cells(vector + k, left);
       _Pragma("GCC unroll 16") for (int64_t u = 0; u < S::kWidth; ++u) {
-        products[u] += v * S::load(rows + min(u, count - 1) * depth + k, left);
+        const Stored *row = rows + min(u, count - 1) * depth;
+        products[u] = F::add_products(products[u], v, F::cells(row + k, left));
       }
     }
   }
@@ -360,12 +393,12 @@ class ForwardMember : protected Member {
   struct Cell {
     Vector c, o;
   };
-  INLINE_MEMBER Cell activate(const Vector (&a)[4], const ForwardRow<Real> &row, int64_t unit,
+  INLINE_MEMBER Cell activate(const Vector (&a)[4], const ForwardRow<Stored> &row, int64_t unit,
                               int64_t count) const {
     const auto gates = S::gates(a);
     const Vector i = gates[0], f = gates[1], g = gates[2], o = gates[3];
     if (row.activations) {
-      Real *out = row.activations + unit;
+      Stored *out = row.activations + unit;
       _Pragma("GCC unroll 4") for (int gate = 0; gate < 4; ++gate) {
         S::store(out + gate * plan_.hidden, gates[gate], count);
       }
@@ -396,7 +429,7 @@ class ForwardMember : protected Member {
   // One vector of c_t, from one of ĉ_t; and what m, the new output of the cell, becomes.
   INLINE_MEMBER void store_states(Vector c, Vector m, int64_t k, int64_t place, int64_t unit,
                                   int64_t count) const {
-    const ForwardRow<Real> &row = rows_[place];
+    const ForwardRow<Stored> &row = rows_[place];
     const Sequence<const Real> &zoneout = plan_.modifiers.zoneout_c;
     if (zoneout.data) {
       c = mixed(S::load(zoneout.at(timeline_.time(k), timeline_.row(place)) + unit, count),
@@ -423,7 +456,7 @@ class ForwardMember : protected Member {
   INLINE_MEMBER void store_hidden(Vector h, int64_t k, int64_t place, int64_t unit,
                                   int64_t count) const {
     const Modifiers<Real> &modifiers = plan_.modifiers;
-    const ForwardRow<Real> &row = rows_[place];
+    const ForwardRow<Stored> &row = rows_[place];
     if (modifiers.zoneout_h.data) {
       const Real *zoneout = modifiers.zoneout_h.at(timeline_.time(k), timeline_.row(place));
       h = mixed(S::load(zoneout + unit, count), S::load(row.h + unit, count), h);
@@ -463,25 +496,38 @@ class ForwardMember : protected Member {
     }
   }
 
+  // The hidden units of this member's blocks.
+  Share own_units() const {
+    return {blocks_.begin * S::kWidth, min(blocks_.end * S::kWidth, plan_.hidden)};
+  }
+
   // Copy the states after each sequence's last step, or its initial ones if it has none.
   void finish() {
-    const Share units = {blocks_.begin * S::kWidth, min(blocks_.end * S::kWidth, plan_.hidden)};
+    const Share units = own_units();
     const Share columns = plan_.cell_output ? share(plan_.features) : units;
     int64_t last = timeline_.steps - 1;
     for (int64_t place = 0; place < timeline_.count; ++place) {
       while (last >= 0 && timeline_.active(last) <= place) --last;
       const int64_t t = timeline_.time(last), row = timeline_.row(place);
-      copy(static_cast<Real *>(plan_.h_n.data) + row * plan_.h_n.stride_b,
+      copy(static_cast<Stored *>(plan_.h_n.data) + row * plan_.h_n.stride_b,
            last < 0 ? plan_.h0.at(row) : plan_.h.at(t, row), columns);
-      copy(static_cast<Real *>(plan_.c_n.data) + row * plan_.c_n.stride_b,
+      copy(static_cast<Stored *>(plan_.c_n.data) + row * plan_.c_n.stride_b,
            last < 0 ? plan_.c0.at(row) : plan_.c.at(t, row), units);
     }
   }
 
-  static void copy(Real *out, const Real *in, Share columns) {
-    if (out != in && columns.end > columns.begin) {
-      __builtin_memcpy(out + columns.begin, in + columns.begin,
-                       (columns.end - columns.begin) * sizeof(Real));
+  template <class To, class From>
+  static void copy(To *out, const From *in, Share columns) {
+    if constexpr (std::is_same<To, From>::value) {
+      if (out != in && columns.end > columns.begin) {
+        __builtin_memcpy(out + columns.begin, in + columns.begin,
+                         (columns.end - columns.begin) * sizeof(To));
+      }
+    } else {
+      for (int64_t unit = columns.begin; unit < columns.end; unit += S::kWidth) {
+        const int64_t count = columns.end - unit;
+        S::store(out + unit, S::load(in + unit, count), count);
+      }
     }
   }
 };

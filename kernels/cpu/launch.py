@@ -31,10 +31,11 @@ __all__ = [
     "layer_forward",
     "lstm_backward",
     "lstm_forward",
+    "multiplies_bfloat16",
 ]
 
 # LstmDtype in lstm.h.
-DTYPES = {torch.float32: 0, torch.float64: 1}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 # LstmForward and LstmBackward in lstm.h, eight bytes a field, and the LstmModifiers at their ends.
 _FORWARD = struct.Struct("=35q")
@@ -69,6 +70,18 @@ Modifiers = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | None
 ]
 NO_MODIFIERS: Modifiers = (None,) * 6
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether `layer_forward` computes plain layers in bfloat16 here.
+
+    That is: without `save`, `save_cells`, projection, recurrent mask and zoneout. Nothing else
+    here takes bfloat16.
+
+    Raises:
+        LibraryUnavailableError: if there is no native library.
+    """
+    return load().multiply_bfloat16[_instruction_set]
 
 
 class LayerForward(NamedTuple):

@@ -12,6 +12,11 @@ constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // The steps of a group of rows in the order of computation, k = 0 ... T-1, whichever way time runs.
 // Each row has a place in the group, those with the most steps the first ones: the rows that
 // are active at a step have the places 0 ... active(k)-1.
@@ -89,7 +94,7 @@ struct Modifiers {
   Sequence<const Real> zoneout_h, zoneout_c;
   bool clips;
   Real cell_clip;
-  const Real *zeros;  // [max(H, P)]
+  const Real *zeros;  // [max(H, P)]; as many of a narrower type as well
 
   Modifiers(const LstmModifiers &m, const int64_t *row_offsets, const Real *zero_row)
       : resets(m.resets, row_offsets),
@@ -103,10 +108,11 @@ struct Modifiers {
     return resets.data && *resets.at(t, row);
   }
   // The row of h, or of c, that enters step k.
-  INLINE_MEMBER const Real *before(const Sequence<Real> &states, const State<Real> &initial,
-                                   const Timeline &timeline, int64_t k, int64_t place) const {
+  template <class Stored>
+  INLINE_MEMBER const Stored *before(const Sequence<Stored> &states, const State<Stored> &initial,
+                                     const Timeline &timeline, int64_t k, int64_t place) const {
     const int64_t row = timeline.row(place);
-    if (reset(timeline.time(k), row)) return zeros;
+    if (reset(timeline.time(k), row)) return reinterpret_cast<const Stored *>(zeros);
     if (place >= timeline.continuing(k)) return initial.at(row);
     return states.at(timeline.time(k - 1), row);
   }

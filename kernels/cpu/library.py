@@ -22,7 +22,7 @@ import torch
 __all__ = ["ABI_VERSION", "PATH_VARIABLE", "Library", "LibraryUnavailableError", "load"]
 
 # kLstmAbiVersion in lstm.h.
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 # Environment variable that names another build of the library, for sanitizers and debugging.
 PATH_VARIABLE = "FUSED_LSTM_NATIVE_LIBRARY"
@@ -49,6 +49,7 @@ class Library:
         path: the file it was loaded from.
         instruction_sets: what it was compiled for and this CPU has, best first, such as
             ("avx512", "avx2", "baseline").
+        multiply_bfloat16: for each of them, whether `forward` takes bfloat16.
         forward: `fused_lstm_forward(structures, count, dtype, threads, instruction_set)`, where the
             structures are `bytes`; returns an LstmStatus. Runs without the interpreter's lock.
         backward: `fused_lstm_backward`, likewise.
@@ -60,6 +61,7 @@ class Library:
 
     path: Path
     instruction_sets: tuple[str, ...]
+    multiply_bfloat16: tuple[bool, ...]
     forward: Run
     backward: Run
     layer_norm_forward: Run
@@ -131,6 +133,9 @@ def _open(path: Path) -> Library:
         instruction_sets = library.fused_lstm_instruction_sets
         instruction_sets.argtypes = []
         instruction_sets.restype = ctypes.c_char_p
+        multiplies_bfloat16 = library.fused_lstm_multiplies_bfloat16
+        multiplies_bfloat16.argtypes = [ctypes.c_int64]
+        multiplies_bfloat16.restype = ctypes.c_int64
         set_openmp = library.fused_lstm_set_openmp
         set_openmp.argtypes = [ctypes.c_void_p] * len(_OPENMP_FUNCTIONS)
         set_openmp.restype = None
@@ -148,13 +153,14 @@ def _open(path: Path) -> Library:
     for run in runs:
         run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
         run.restype = ctypes.c_int32
-    names = (instruction_sets() or b"").decode("ascii", "replace")
-    if not names:
+    names = tuple((instruction_sets() or b"").decode("ascii", "replace").split(","))
+    if not names[0]:
         raise LibraryUnavailableError(f"{path} has no kernels that this CPU can run")
     openmp, reason = _find_openmp()
     if openmp:
         set_openmp(*openmp)
-    return Library(path, tuple(names.split(",")), *runs, bool(openmp), reason)
+    multiply_bfloat16 = tuple(bool(multiplies_bfloat16(k)) for k in range(len(names)))
+    return Library(path, names, multiply_bfloat16, *runs, bool(openmp), reason)
 
 
 def _check_file(path: Path) -> None:

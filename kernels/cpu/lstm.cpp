@@ -71,6 +71,25 @@ namespace avx512 {
 }  // namespace avx512
 #pragma GCC pop_options
 
+#if __GNUC__ >= 10
+#define DISPATCH_BFLOAT16
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
+namespace avx512bf16 {
+#define HAS_AVX512
+#define HAS_AVX512_BF16
+#define VECTOR_BYTES 64
+#define TILE_ROWS 6
+#include "kernels.h"
+#undef HAS_AVX512
+#undef HAS_AVX512_BF16
+#undef VECTOR_BYTES
+#undef TILE_ROWS
+}  // namespace avx512bf16
+#pragma GCC pop_options
+#endif
+
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -105,7 +124,15 @@ struct InstructionSet {
   int32_t (*layer_norm_forward)(const LstmLayerNormForward *, int64_t, int64_t, int64_t, Scratch &);
   int32_t (*layer_norm_backward)(const LstmLayerNormBackward *, int64_t, int64_t, int64_t,
                                  Scratch &);
+  // Null where the compiler has no instructions for bfloat16; the CPU may lack them still.
+  int32_t (*bfloat16_forward)(const LstmForward *, int64_t, int64_t, Scratch &);
 };
+
+#ifdef DISPATCH_BFLOAT16
+constexpr auto kAvx512BFloat16Forward = avx512bf16::bfloat16_forward;
+#else
+constexpr decltype(InstructionSet::bfloat16_forward) kAvx512BFloat16Forward = nullptr;
+#endif
 
 // Best first; the last one runs everywhere.
 const InstructionSet kInstructionSets[] = {
@@ -115,13 +142,14 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
      },
-     avx512::forward, avx512::backward, avx512::layer_norm_forward, avx512::layer_norm_backward},
+     avx512::forward, avx512::backward, avx512::layer_norm_forward, avx512::layer_norm_backward,
+     kAvx512BFloat16Forward},
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::forward, avx2::backward, avx2::layer_norm_forward, avx2::layer_norm_backward},
+     avx2::forward, avx2::backward, avx2::layer_norm_forward, avx2::layer_norm_backward, nullptr},
 #endif
     {"baseline", [] { return true; }, baseline::forward, baseline::backward,
-     baseline::layer_norm_forward, baseline::layer_norm_backward},
+     baseline::layer_norm_forward, baseline::layer_norm_backward, nullptr},
 };
 
 // Those that this CPU has.
@@ -145,6 +173,24 @@ struct Supported {
 const Supported &supported() {
   static const Supported once;
   return once;
+}
+
+// Whether there are kernels for bfloat16 in an instruction set, and this CPU runs them.
+bool multiplies_bfloat16(const InstructionSet &set) {
+#ifdef DISPATCH_BFLOAT16
+  return set.bfloat16_forward && __builtin_cpu_supports("avx512bf16");
+#else
+  (void)set;
+  return false;
+#endif
+}
+
+// What there is in bfloat16, see lstm.h.
+bool bfloat16_fits(const LstmForward &a) {
+  const LstmModifiers &m = a.modifiers;
+  return a.x.data && a.weight_ih && !a.gates.data && !a.weight_hr && a.features == a.hidden_size &&
+         !a.c.data && !a.activations.data && !m.recurrent_mask.data && !m.zoneout_h.data &&
+         !m.zoneout_c.data;
 }
 
 // Numbers of steps are values, not shapes: a wrong one would be written out of bounds.
@@ -178,6 +224,12 @@ int64_t fused_lstm_abi_version() { return kLstmAbiVersion; }
 
 const char *fused_lstm_instruction_sets() { return supported().names; }
 
+int64_t fused_lstm_multiplies_bfloat16(int64_t instruction_set) {
+  const Supported &sets = supported();
+  return instruction_set >= 0 && instruction_set < sets.count &&
+         multiplies_bfloat16(*sets.sets[instruction_set]);
+}
+
 void fused_lstm_set_openmp(void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
                            int (*thread_num)(), int (*num_threads)()) {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -187,8 +239,15 @@ void fused_lstm_set_openmp(void (*parallel)(void (*)(void *), void *, unsigned, 
 int32_t fused_lstm_forward(const LstmForward *recurrences, int64_t count, int64_t dtype,
                            int64_t threads, int64_t instruction_set) {
   return checked(recurrences, count, threads, instruction_set,
-                 [&](const InstructionSet &set, int64_t used) {
-                   return set.forward(recurrences, count, dtype, used, scratch());
+                 [&](const InstructionSet &set, int64_t used) -> int32_t {
+                   if (dtype != kLstmBFloat16) {
+                     return set.forward(recurrences, count, dtype, used, scratch());
+                   }
+                   if (!multiplies_bfloat16(set)) return kLstmBadArgument;
+                   for (int64_t i = 0; i < count; ++i) {
+                     if (!bfloat16_fits(recurrences[i])) return kLstmBadArgument;
+                   }
+                   return set.bfloat16_forward(recurrences, count, used, scratch());
                  });
 }
 

@@ -17,9 +17,12 @@
 extern "C" {
 
 // Raised with every change of the structures or functions below.
-constexpr int64_t kLstmAbiVersion = 2;
+constexpr int64_t kLstmAbiVersion = 3;
 
-enum LstmDtype : int64_t { kLstmFloat32 = 0, kLstmFloat64 = 1 };
+// In bfloat16 there is fused_lstm_forward alone, where fused_lstm_multiplies_bfloat16 says so, from x:
+// without activations, c, projection, recurrent_mask and zoneout. Every h is rounded as it is
+// stored, and c is kept in float until the end.
+enum LstmDtype : int64_t { kLstmFloat32 = 0, kLstmFloat64 = 1, kLstmBFloat16 = 2 };
 
 enum LstmStatus : int32_t { kLstmOk = 0, kLstmOutOfMemory = 1, kLstmBadArgument = 2 };
 
@@ -136,6 +139,10 @@ int64_t fused_lstm_abi_version();
 // Names of the instruction sets that were compiled in and that this CPU has, best first, separated
 // by commas, such as "avx512,avx2,baseline".
 const char *fused_lstm_instruction_sets();
+
+// Whether fused_lstm_forward takes kLstmBFloat16 with an instruction set, an index into those names:
+// 1 where there are instructions for products of bfloat16, else 0.
+int64_t fused_lstm_multiplies_bfloat16(int64_t instruction_set);
 
 // Hand over the OpenMP runtime that runs the threads: the one PyTorch uses, so that a process never
 // holds two. Without it everything runs on the calling thread.

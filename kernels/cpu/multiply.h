@@ -1,31 +1,35 @@
 // Matrix products on register tiles, and the panels they read. Included once per instruction set,
 // after simd.h.
 
-// sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], begin <= k < end, one after another.
-//   pitch: elements from panel[k] to panel[k + 1].
-template <class Real, int ROWS, int COLUMNS, int STEP>
-INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
-                       const Real *const (&rows)[ROWS], const Real *__restrict panel,
-                       int64_t pitch, int64_t begin, int64_t end) {
-  typedef Simd<Real> S;
+// sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], begin <= k < end, one after another, or as many
+// at once as a cell of the panel holds; begin divides by that.
+//   pitch: elements from one row of the panel to the next.
+template <class Stored, int ROWS, int COLUMNS, int STEP>
+INLINE void accumulate(typename Factors<Stored>::Vector (&sum)[ROWS][COLUMNS],
+                       const Stored *const (&rows)[ROWS],
+                       const typename Factors<Stored>::Real *__restrict panel, int64_t pitch,
+                       int64_t begin, int64_t end) {
+  typedef Factors<Stored> F;
+  typedef Simd<typename F::Real> S;
   typedef typename S::Vector Vector;
+  constexpr int64_t kEach = F::kEach;
   int64_t k = begin;
-  panel += begin * pitch;
+  panel += begin / kEach * pitch;
   if constexpr (ROWS * COLUMNS < 8) {
     // Too few sums to hide the latency of an addition: a second set takes every other k.
     Vector odd[ROWS][COLUMNS] = {};
-    for (; k + 1 < end; k += 2, panel += 2 * pitch) {
+    for (; k + 2 * kEach <= end; k += 2 * kEach, panel += 2 * pitch) {
       Vector w[2][COLUMNS];
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
         w[0][z] = S::load(panel + z * S::kWidth);
         w[1][z] = S::load(panel + pitch + z * S::kWidth);
       }
       _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
-        const Vector a = S::broadcast(rows[r][k * STEP]);
-        const Vector b = S::broadcast(rows[r][(k + 1) * STEP]);
+        const Vector a = F::broadcast(rows[r] + k * STEP);
+        const Vector b = F::broadcast(rows[r] + (k + kEach) * STEP);
         _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
-          sum[r][z] += a * w[0][z];
-          odd[r][z] += b * w[1][z];
+          sum[r][z] = F::add_products(sum[r][z], a, w[0][z]);
+          odd[r][z] = F::add_products(odd[r][z], b, w[1][z]);
         }
       }
     }
@@ -33,12 +37,23 @@ INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) sum[r][z] += odd[r][z];
     }
   }
-  for (; k < end; ++k, panel += pitch) {
+  for (; k + kEach <= end; k += kEach, panel += pitch) {
     Vector w[COLUMNS];
     _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) w[z] = S::load(panel + z * S::kWidth);
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
-      const Vector a = S::broadcast(rows[r][k * STEP]);
-      _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) sum[r][z] += a * w[z];
+      const Vector a = F::broadcast(rows[r] + k * STEP);
+      _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
+        sum[r][z] = F::add_products(sum[r][z], a, w[z]);
+      }
+    }
+  }
+  if constexpr (kEach > 1) {
+    if (k == end) return;
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
+      const Vector a = F::broadcast_last(rows[r] + k * STEP);
+      _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
+        sum[r][z] = F::add_products(sum[r][z], a, S::load(panel + z * S::kWidth));
+      }
     }
   }
 }
@@ -48,16 +63,17 @@ INLINE void accumulate(typename Simd<Real>::Vector (&sum)[ROWS][COLUMNS],
 constexpr int64_t kChain = 256;
 
 // out[r][0 ... filled-1] (+)= rows[r] · panel, sums staying in registers for a chain.
-template <class Real, int ROWS, int COLUMNS, int STEP>
-NOINLINE static void product_tile(const Real *const *rows, const Real *panel, int64_t pitch,
+template <class Stored, int ROWS, int COLUMNS, int STEP,
+          class Real = typename Factors<Stored>::Real>
+NOINLINE static void product_tile(const Stored *const *rows, const Real *panel, int64_t pitch,
                                   int64_t depth, Real *const *out, int64_t filled, bool add) {
   typedef Simd<Real> S;
-  const Real *a[ROWS];
+  const Stored *a[ROWS];
   _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) a[r] = rows[r];
   int64_t k = 0;
   do {
     typename S::Vector sum[ROWS][COLUMNS] = {};
-    accumulate<Real, ROWS, COLUMNS, STEP>(sum, a, panel, pitch, k, min(k + kChain, depth));
+    accumulate<Stored, ROWS, COLUMNS, STEP>(sum, a, panel, pitch, k, min(k + kChain, depth));
     _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r) {
       _Pragma("GCC unroll 4") for (int z = 0; z < COLUMNS; ++z) {
         const int64_t count = filled - z * S::kWidth;
@@ -92,12 +108,12 @@ INLINE void with_rows(int64_t count, Tile tile) {
   }
 }
 
-template <class Real, int COLUMNS, int STEP>
-static void product_columns(int64_t count, const Real *const *rows, const Real *panel,
+template <class Stored, int COLUMNS, int STEP, class Real = typename Factors<Stored>::Real>
+static void product_columns(int64_t count, const Stored *const *rows, const Real *panel,
                             int64_t pitch, int64_t depth, Real *const *out, int64_t filled,
                             bool add) {
   with_rows(count, [&](auto height) {
-    product_tile<Real, height(), COLUMNS, STEP>(rows, panel, pitch, depth, out, filled, add);
+    product_tile<Stored, height(), COLUMNS, STEP>(rows, panel, pitch, depth, out, filled, add);
   });
 }
 
@@ -144,17 +160,19 @@ INLINE void pack_row(const Panels &panels, int64_t panel, const Real *in, Real *
 
 // One vector of columns of a panel, whose column l is the row of `depth` numbers at row(l), or
 // zeros where that is null.
-//   out: [depth][step], its first S::kWidth columns are written.
-template <class Real, class Row>
+//   out: [depth, in cells][step], its first S::kWidth columns are written.
+template <class Stored, class Row, class Real = typename Factors<Stored>::Real>
 INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
+  typedef Factors<Stored> F;
   typedef Simd<Real> S;
+  const int64_t cells = divide_up(depth, F::kEach);
 #ifdef SHUFFLES
-  for (int64_t k = 0; k < depth; k += S::kWidth) {
-    const int64_t count = min(depth - k, S::kWidth);
+  for (int64_t k = 0; k < cells; k += S::kWidth) {
+    const int64_t count = min(cells - k, S::kWidth), number = k * F::kEach;
     typename S::Vector block[S::kWidth];
     _Pragma("GCC unroll 16") for (int64_t l = 0; l < S::kWidth; ++l) {
-      const Real *in = row(l);
-      block[l] = in ? S::load(in + k, count) : typename S::Vector{};
+      const Stored *in = row(l);
+      block[l] = in ? F::cells(in + number, depth - number) : typename S::Vector{};
     }
     S::transpose(block);
     if (count == S::kWidth) {
@@ -167,11 +185,14 @@ INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
   }
 #else
   constexpr int64_t kBlock = 16;  // of a cache line each, so that lines are read once
-  for (int64_t begin = 0; begin < depth; begin += kBlock) {
-    const int64_t end = min(begin + kBlock, depth);
+  for (int64_t begin = 0; begin < cells; begin += kBlock) {
+    const int64_t end = min(begin + kBlock, cells);
     for (int64_t l = 0; l < S::kWidth; ++l) {
-      const Real *in = row(l);
-      for (int64_t k = begin; k < end; ++k) out[k * step + l] = in ? in[k] : Real(0);
+      const Stored *in = row(l);
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t number = k * F::kEach;
+        out[k * step + l] = in ? F::cell(in + number, depth - number) : Real(0);
+      }
     }
   }
 #endif

@@ -3,7 +3,7 @@
 
 // Rows first, because groups of rows never wait for each other; hidden units where there are too
 // few rows, or where the weights would not fit into each core's cache.
-template <class Arguments, class Real>
+template <class Arguments, class Stored>
 static Split split_for(const Arguments &a, int64_t threads) {
   const int64_t weights = 4 * a.hidden_size * a.features;
   const double step = 2.0 * double(a.batch) * 4.0 * double(a.hidden_size) *
@@ -12,13 +12,13 @@ static Split split_for(const Arguments &a, int64_t threads) {
                       double(a.features + a.input_size);
   const int64_t worth = int64_t((step * double(a.steps) + read) / kFlopsOfAThread);
   const int64_t most = max(1, min(threads, worth));
-  const int64_t blocks = divide_up(a.hidden_size, Simd<Real>::kWidth);
+  const int64_t blocks = divide_up(a.hidden_size, Simd<typename Factors<Stored>::Real>::kWidth);
   const int64_t row_groups = max(1, min(most, a.batch / kRowsOfAGroup));
   const int64_t worth_meeting =
       int64_t((step + read / double(a.steps)) / kFlopsOfAMeeting);
   const int64_t unit_groups = max(1, min(min(most, blocks), worth_meeting));
   // A single step reads each weight once: nobody should read it twice.
-  if (a.steps > 1 && weights * int64_t(sizeof(Real)) <= kCachedWeights && row_groups > 1) {
+  if (a.steps > 1 && weights * int64_t(sizeof(Stored)) <= kCachedWeights && row_groups > 1) {
     return {row_groups, max(1, min(most / row_groups, unit_groups))};
   }
   return {max(1, min(most / unit_groups, row_groups)), unit_groups};
@@ -114,13 +114,15 @@ static void advise_rows(const LstmSequence &output, const Rows &rows, int64_t wi
   if (output.data) advise_huge_pages(output.data, size_t(rows.count * width) * sizeof(Real));
 }
 
-template <class Real>
+template <class Stored>
 struct Forward {
   typedef LstmForward Arguments;
-  typedef ForwardPlan<Real> Plan;
-  typedef ForwardMember<Real> Member;
+  typedef ForwardPlan<Stored> Plan;
+  typedef ForwardMember<Stored> Member;
 
   static Plan lay_out(const Arguments &a, const Split &split, Memory &memory) {
+    typedef Factors<Stored> F;
+    typedef typename F::Real Real;
     typedef Simd<Real> S;
     const int64_t blocks = divide_up(a.hidden_size, S::kWidth);
     const Rows rows = rows_of(a, memory);
@@ -135,7 +137,13 @@ struct Forward {
     const bool packs_late = a.steps == 1;
     const int64_t panels = !packed ? 0 : packs_late ? split.members() : blocks;
     const int64_t staged = a.gates.data || !packed ? 0 : split.row_groups * blocks * kStagedRows;
-    const LstmSequence c = a.c.data ? a.c : LstmSequence{a.c_n.data, 0, a.c_n.stride_b};
+    const int64_t depth = divide_up(a.input_size, F::kEach) + divide_up(a.features, F::kEach);
+    LstmSequence c = a.c.data ? a.c : LstmSequence{a.c_n.data, 0, a.c_n.stride_b};
+    LstmState c0 = a.c0;
+    if (!std::is_same<Stored, Real>::value) {
+      c0 = {memory.take<Real>(a.batch * a.hidden_size), a.hidden_size};
+      c = {c0.data, 0, c0.stride_b};
+    }
     Plan plan = {&a,
                  timelines_of(a, split.row_groups, memory),
                  {a.modifiers, offsets, zero},
@@ -144,8 +152,8 @@ struct Forward {
                  {a.h, offsets},
                  {c, a.c.data ? offsets : nullptr},
                  {a.activations, offsets},
-                 {a.h0, zero},
-                 {a.c0, zero},
+                 {a.h0, reinterpret_cast<const Stored *>(zero)},
+                 {c0, zero},
                  a.h_n,
                  a.c_n,
                  a.input_size,
@@ -153,19 +161,19 @@ struct Forward {
                  a.features,
                  projection,
                  packs_late,
-                 packed ? memory.take<Real>(panels * (a.input_size + a.features) * tile) : nullptr,
+                 packed ? memory.take<Real>(panels * depth * tile) : nullptr,
                  memory.take<Real>(panels * tile),
                  projected ? memory.take<Real>(projection.size()) : nullptr,
                  projected ? memory.take<Real>(a.batch * a.hidden_size) : nullptr,
-                 masks ? memory.take<Real>(2 * a.batch * a.features) : nullptr,
+                 masks ? memory.take<Stored>(2 * a.batch * a.features) : nullptr,
                  memory.take<Real>(staged * tile),
                  nullptr,
-                 memory.take<ForwardRow<Real>>(split.unit_groups * a.batch),
+                 memory.take<ForwardRow<Stored>>(split.unit_groups * a.batch),
                  barriers(split, memory)};
     if (!memory.counting()) {
-      advise_rows<Real>(a.h, rows, a.features);
-      advise_rows<Real>(a.c, rows, a.hidden_size);
-      advise_rows<Real>(a.activations, rows, 4 * a.hidden_size);
+      advise_rows<Stored>(a.h, rows, a.features);
+      advise_rows<Stored>(a.c, rows, a.hidden_size);
+      advise_rows<Stored>(a.activations, rows, 4 * a.hidden_size);
     }
     return plan;
   }
@@ -349,7 +357,7 @@ struct Region {
   }
 };
 
-template <class Direction, class Real>
+template <class Direction, class Stored>
 static int32_t run(const typename Direction::Arguments *arguments, int64_t count, int64_t threads,
                    Scratch &scratch) {
   if (threads < count) threads = 1;
@@ -358,7 +366,7 @@ static int32_t run(const typename Direction::Arguments *arguments, int64_t count
   counted.take<typename Direction::Plan>(count);
   int64_t members = 0;
   const auto split_of = [&](int64_t i) {
-    return split_for<typename Direction::Arguments, Real>(arguments[i], max(1, threads / count));
+    return split_for<typename Direction::Arguments, Stored>(arguments[i], max(1, threads / count));
   };
   for (int64_t i = 0; i < count; ++i) {
     const Split split = split_of(i);
@@ -384,12 +392,18 @@ static int32_t run(const typename Direction::Arguments *arguments, int64_t count
   } else {
     openmp.parallel(&Region<Direction>::enter, &region, unsigned(region.threads), 0);
     // A runtime may give fewer threads than it was asked for.
-    if (region.short_of_threads) return run<Direction, Real>(arguments, count, 1, scratch);
+    if (region.short_of_threads) return run<Direction, Stored>(arguments, count, 1, scratch);
   }
   scratch.release();
   return kLstmOk;
 }
 
+#ifdef HAS_AVX512_BF16
+static int32_t bfloat16_forward(const LstmForward *recurrences, int64_t count, int64_t threads,
+                                Scratch &scratch) {
+  return run<Forward<BFloat16>, BFloat16>(recurrences, count, threads, scratch);
+}
+#else
 template <template <class> class Direction, class Arguments>
 static int32_t run_dtype(const Arguments *arguments, int64_t count, int64_t dtype, int64_t threads,
                          Scratch &scratch) {
@@ -422,3 +436,4 @@ static int32_t layer_norm_backward(const LstmLayerNormBackward *recurrences, int
                                    int64_t dtype, int64_t threads, Scratch &scratch) {
   return run_dtype<LayerNormBackward>(recurrences, count, dtype, threads, scratch);
 }
+#endif

@@ -3,7 +3,7 @@
 // Included once per instruction set, inside a namespace and with these macros set:
 //   VECTOR_BYTES  width of a vector register
 //   TILE_ROWS     rows of a register tile of TILE_ROWS x 4 vectors
-//   HAS_AVX512, HAS_AVX2  where their intrinsics may be used
+//   HAS_AVX512, HAS_AVX2, HAS_AVX512_BF16  where their intrinsics may be used
 //   SHUFFLES      where the compiler has __builtin_shufflevector
 // No include guard, and nothing of the standard library that is not already included: what is
 // defined here is compiled for this instruction set.
@@ -75,6 +75,22 @@ struct Simd {
     else
       store_some(p, v, count);
   }
+
+#ifdef HAS_AVX512_BF16
+  // Numbers in bfloat16 widen exactly, and are rounded to the nearest even one; NaN stays NaN, and
+  // what is denormal is stored as zero.
+  INLINE Vector load(const BFloat16 *p, int64_t count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), p);
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+  }
+  INLINE void store(BFloat16 *p, Vector v, int64_t count) {
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    _mm256_mask_storeu_epi16(p, first_lanes(count), bits);
+  }
+  INLINE __mmask16 first_lanes(int64_t count) {
+    return __mmask16(count >= kWidth ? 0xffff : (1u << count) - 1);
+  }
+#endif
 
   // NaN passes through: a comparison with it is false, and of the instructions the result is their
   // second argument.
@@ -300,3 +316,52 @@ struct Simd {
 #endif
   }
 };
+
+// How the numbers of a row are multiplied by those of a panel, both as they are stored, and summed
+// as Real. Each lane of a vector takes kEach neighbours of a row at once: a cell of a panel.
+template <class Stored>
+struct Factors {
+  typedef Stored Real;
+  typedef typename Simd<Real>::Vector Vector;
+  static constexpr int64_t kEach = 1;
+
+  // A cell in every lane.
+  INLINE Vector broadcast(const Stored *p) { return Simd<Real>::broadcast(*p); }
+  // A vector of cells, from the first `count` numbers; behind them are zeros.
+  INLINE Vector cells(const Stored *p, int64_t count) { return Simd<Real>::load(p, count); }
+  // One of them.
+  INLINE Real cell(const Stored *p, int64_t) { return *p; }
+  INLINE Vector add_products(Vector sum, Vector a, Vector b) { return sum + a * b; }
+};
+
+#ifdef HAS_AVX512_BF16
+// sum + a0·b0 + a1·b1 in each lane: two products of bfloat16 are exact in float, and the instruction
+// rounds their sums to nearest even, whatever the mode. It takes what is denormal for zero.
+template <>
+struct Factors<BFloat16> {
+  typedef float Real;
+  typedef Simd<Real>::Vector Vector;
+  static constexpr int64_t kEach = 2;
+
+  INLINE Vector broadcast(const BFloat16 *p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return (Vector)_mm512_set1_epi32(pair);
+  }
+  // The last number of a row of odd length, and a zero.
+  INLINE Vector broadcast_last(const BFloat16 *p) { return (Vector)_mm512_set1_epi32(p->bits); }
+  INLINE Vector cells(const BFloat16 *p, int64_t count) {
+    constexpr int64_t kNumbers = kEach * Simd<Real>::kWidth;
+    const __mmask32 numbers = count >= kNumbers ? ~0u : (1u << count) - 1;
+    return (Vector)_mm512_maskz_loadu_epi16(numbers, p);
+  }
+  INLINE Real cell(const BFloat16 *p, int64_t count) {
+    Real pair = 0;
+    __builtin_memcpy(&pair, p, size_t(min(count, kEach)) * sizeof(BFloat16));
+    return pair;
+  }
+  INLINE Vector add_products(Vector sum, Vector a, Vector b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
