@@ -244,14 +244,8 @@ def native_layer(
         or c_0.requires_grad
         or any(w is not None and w.requires_grad for own in weights for w in own)
     )
-    from fused_lstm.kernels import cpu as kernels
-
     if x.dtype == torch.bfloat16 and (
-        differentiated
-        or return_cells
-        or any(own.hr is not None for own in weights)
-        or any(mask is not None for own in modifiers for mask in own[2:5])
-        or not kernels.multiplies_bfloat16()
+        differentiated or return_cells or not _computed_in_bfloat16(weights, modifiers)
     ):
         # In float32, and rounded once, at the end.
         wide = [DirectionWeights(*map(widened, own)) for own in weights]
@@ -280,6 +274,19 @@ def native_layer(
         x, h_0, c_0, weights, batch_sizes, batch_first, modifiers, False, return_cells
     )
     return LayerOutput(out.output, out.h_n, out.c_n, out.c)
+
+
+def _computed_in_bfloat16(
+    weights: Sequence[DirectionWeights], modifiers: Sequence[Modifiers]
+) -> bool:
+    """Whether the native kernels have this layer in bfloat16, without gradients and cells."""
+    from fused_lstm.kernels import cpu as kernels
+
+    return (
+        kernels.multiplies_bfloat16()
+        and all(own.hr is None for own in weights)
+        and all(mask is None for own in modifiers for mask in own[2:5])
+    )
 
 
 def _composed_like_native(

@@ -1225,3 +1225,233 @@ print("ok")
 """
     )
     assert out == "ok\n"
+
+
+# Inference in bfloat16
+
+BFLOAT16_SETS = [k for k, takes in enumerate(load().multiply_bfloat16) if takes]
+in_bfloat16 = pytest.mark.skipif(not BFLOAT16_SETS, reason="needs instructions for bfloat16")
+
+
+def bfloat16_inputs(case, seed=0):
+    """x, h0, c0 and weights that bfloat16 holds exactly, in float64."""
+    return convert(convert(layer_inputs(case, seed)[0], torch.bfloat16), torch.float64)
+
+
+def infer(case, inputs, dtype, modifiers=NO_MODIFIERS, layout=None):
+    """Results of a layer by name, in time-first order."""
+    x, h0, c0, weights = convert(inputs, dtype)
+    batch_first = case.batch_first and case.sizes is None
+    if batch_first:
+        x = x.transpose(0, 1).contiguous()
+    if layout:
+        x, h0, c0, weights = layout([x, h0, c0, weights])
+    rest = (case.batch_sizes, batch_first, [modifiers] * case.D, False, False)
+    out = layer_forward(x, h0, c0, weights, *rest)
+    assert out.c is out.activations is None
+    return {"output": out.output, "h_n": out.h_n, "c_n": out.c_n}
+
+
+def check_bfloat16(case, seed=0, modifiers=NO_MODIFIERS, layout=None, threads=(1, 2)):
+    """Against float64, with twice the error of torch.nn.LSTM in bfloat16, and a rounding."""
+    inputs = bfloat16_inputs(case, seed)
+    none = [None] * 3
+    with torch.no_grad():
+        narrow, wide = (torch_layer(case, inputs, none, d) for d in (torch.bfloat16, torch.float64))
+    with setting():
+        exact = infer(case, inputs, torch.float64, modifiers)
+    for k, n in itertools.product(BFLOAT16_SETS, threads):
+        with setting(k, n) as how:
+            infer(case, nan_like(inputs), torch.bfloat16, modifiers, layout)
+            results = infer(case, inputs, torch.bfloat16, modifiers, layout)
+        for name, actual in results.items():
+            assert actual.dtype == torch.bfloat16
+            allowed = (narrow[name].double() - wide[name]).abs().max().item()
+            budget = 2 * allowed + torch.finfo(torch.bfloat16).eps * wide[name].abs().max().item()
+            error = (actual.double() - exact[name]).abs().max().item()
+            assert error <= budget, f"{name}, {how}: error {error:.3g} above {budget:.3g}"
+
+
+@in_bfloat16
+@pytest.mark.parametrize("B", range(1, 14))
+def test_bfloat16_every_height_of_a_tile(B):
+    for T, I, H in ((1, 3, 5), (2, 4, 7), (5, 7, 16), (4, 33, 18), (3, 6, 33)):  # noqa: E741
+        check_bfloat16(Layer(T, B, I, H, D=2))
+
+
+@in_bfloat16
+@pytest.mark.parametrize(
+    "case",
+    [
+        Layer(1, 1, 1, 1),
+        Layer(3, 1, 1, 1, bias=False),
+        Layer(40, 1, 64, 65),
+        Layer(1, 300, 3, 5),
+        Layer(1, 2, 63, 100, D=2),
+        Layer(30, 8, 5, 16, batch_first=True, D=2),
+        Layer(6, 129, 33, 20),
+        Layer(3, 40, 131, 130, batch_first=True),
+        # Sums longer than a chain, and weights that do not fit into a cache.
+        Layer(2, 5, 601, 300),
+        Layer(5, 9, 3, 19, D=2, sizes=(9, 6, 6, 2, 1)),
+        Layer(1, 3, 3, 5, sizes=(3,)),
+        Layer(40, 11, 8, 33, sizes=tuple(max(1, 11 - t // 3) for t in range(40))),
+    ],
+    ids=lambda c: "-".join(map(str, c[:4])) + "-packed" * bool(c.sizes),
+)
+def test_bfloat16_layer(case):
+    check_bfloat16(case)
+
+
+@in_bfloat16
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("case", [Layer(7, 6, 5, 17, D=2), Layer(1, 9, 4, 16), Layer(9, 70, 3, 33)])
+def test_bfloat16_lengths_resets_and_clipping(case, clip):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, case.T + 1, (case.B,), generator=generator)
+    resets = torch.rand(case.T, case.B, 1, generator=generator) < 0.3
+    for modifiers in ((lengths, None), (None, resets), (lengths, resets)):
+        check_bfloat16(case, modifiers=(*modifiers, None, None, None, clip))
+
+
+@in_bfloat16
+@pytest.mark.parametrize("case", [Layer(5, 9, 7, 33, D=2), Layer(3, 2, 5, 7, batch_first=True)])
+def test_bfloat16_strided_inputs(case):
+    def apart(values):
+        """The same with gaps of NaN between and behind the rows, of odd width."""
+        if values is None or isinstance(values, list):
+            return values
+        wide = values.new_full((*values.shape[:-1], values.shape[-1] + 3), NAN)
+        wide[..., 1:-2] = values
+        return wide[..., 1:-2]
+
+    check_bfloat16(case, layout=lambda tensors: [apart(t) for t in tensors])
+
+
+@in_bfloat16
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["x", "h0", "c0"])
+@pytest.mark.parametrize(("T", "B", "H"), [(4, 4, 5), (3, 14, 17)])
+def test_bfloat16_what_is_not_finite_stays_in_its_sequence(bad, where, T, B, H):
+    case = Layer(T, B, 5, H)
+    clean, row = bfloat16_inputs(case), 2
+    inputs = convert(clean, torch.float64)
+    # The last of an odd number of features has no neighbour in a product.
+    inputs[where][0, row, -1] = bad
+    others = [b for b in range(B) if b != row]
+    for k, n in itertools.product(BFLOAT16_SETS, (1, 2)):
+        with setting(k, n):
+            expected = infer(case, clean, torch.bfloat16)
+            actual = infer(case, inputs, torch.bfloat16)
+            exact = infer(case, inputs, torch.float32)
+        for name, a in actual.items():
+            assert torch.equal(a[:, others], expected[name][:, others]), name
+            assert torch.equal(a.isnan(), exact[name].isnan()), name
+            assert torch.equal(a.isinf(), exact[name].isinf()), name
+
+
+@in_bfloat16
+def test_bfloat16_states_of_sequences_without_steps():
+    """Every number there is: what enters wide comes out as it was, but for what is denormal."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    numbers = bits.view(torch.bfloat16)
+    h0 = numbers.view(1, 256, 256)
+    case = Layer(1, 256, 1, 256)
+    x, _, _, weights = bfloat16_inputs(case)
+    lengths = torch.zeros(256, dtype=torch.int64)
+    modifiers = (lengths, None, None, None, None, None)
+    for k in BFLOAT16_SETS:
+        with setting(k, 2):
+            out = infer(case, [x, h0, h0, weights], torch.bfloat16, modifiers)
+        assert torch.equal(out["h_n"].view(torch.int16), h0.view(torch.int16))
+        normal = numbers.abs() >= torch.finfo(torch.bfloat16).tiny
+        c_n = out["c_n"].flatten()
+        assert torch.equal(c_n[normal], numbers[normal])
+        assert torch.equal(c_n.isnan(), numbers.isnan())
+        assert not c_n[numbers.abs() < torch.finfo(torch.bfloat16).tiny].any()
+
+
+@in_bfloat16
+@pytest.mark.parametrize("case", [case._replace(P=0) for case in BITS])
+def test_bfloat16_the_same_bits_every_time(case):
+    inputs = bfloat16_inputs(case)
+    for k, n in itertools.product(BFLOAT16_SETS, (1, 2)):
+        with setting(k, n):
+            first = infer(case, inputs, torch.bfloat16)
+            infer(case, nan_like(inputs), torch.bfloat16)
+            again = infer(case, inputs, torch.bfloat16)
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def bfloat16_structure(case, **more):
+    """A recurrence in bfloat16 through the C interface: guards, results, and its structure."""
+    x, h0, c0, ((ih, hh, *biases, _),) = convert(bfloat16_inputs(case), torch.bfloat16)
+    new, N = Guarded(torch.bfloat16), x.shape[:-1]
+    outputs = {
+        "h": new(*N, case.H),
+        "h_n": new(case.B, case.H),
+        "c_n": new(case.B, case.H),
+    }
+    values = {
+        "steps": case.T,
+        "batch": case.B,
+        "input_size": case.I,
+        "hidden_size": case.H,
+        "features": case.H,
+        "batch_sizes": case.batch_sizes,
+        "x": x,
+        "weight_ih": ih,
+        "weight_hh": hh,
+        "bias_ih": biases[0],
+        "bias_hh": biases[1],
+        "h0": h0[0],
+        "c0": c0[0],
+        **outputs,
+        **more,
+    }
+    # What it points to has to live as long as it does.
+    return new, outputs, values, structure(FORWARD_FIELDS, **values)
+
+
+@in_bfloat16
+@pytest.mark.parametrize(
+    "case", [Layer(2, 3, 5, 7), Layer(1, 1, 3, 5), Layer(5, 9, 3, 19, sizes=(9, 6, 6, 2, 1))]
+)
+def test_bfloat16_outputs_of_any_stride_and_nothing_beside_them(case):
+    with setting():
+        expected = infer(case, bfloat16_inputs(case), torch.bfloat16)
+    for k, threads in itertools.product(BFLOAT16_SETS, THREADS):
+        new, outputs, _alive, run = bfloat16_structure(case)
+        assert load().forward(run, 1, launch.DTYPES[torch.bfloat16], threads, k) == 0
+        new.check()
+        assert torch.equal(outputs["h"], expected["output"])
+        assert torch.equal(outputs["h_n"], expected["h_n"][0])
+        assert torch.equal(outputs["c_n"], expected["c_n"][0])
+
+
+def test_bfloat16_what_there_is_not_is_refused():
+    case, refused = Layer(2, 3, 4, 6), 2
+    T, B, H = case.T, case.B, case.H
+    library, kind = load(), launch.DTYPES[torch.bfloat16]
+    new = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16)
+    rows, states = new[..., :H], new[0, :, :H]
+    for more in (
+        {"gates": new},
+        {"x": None},
+        {"weight_ih": None},
+        {"weight_hr": torch.zeros(H, H, dtype=torch.bfloat16)},
+        {"features": H - 1},
+        {"c": rows},
+        {"activations": new},
+        {"recurrent_mask": states},
+        {"zoneout_h": rows},
+        {"zoneout_c": rows},
+    ):
+        *_, alive, run = bfloat16_structure(case, **more)
+        for k in range(len(INSTRUCTION_SETS)):
+            assert library.forward(run, 1, kind, 1, k) == refused, more
+    *_, alive, run = bfloat16_structure(case)
+    for k, takes in enumerate(library.multiply_bfloat16):
+        assert library.forward(run, 1, kind, 1, k) == (0 if takes else refused)
+    assert library.backward(bytes(8 * len(BACKWARD_FIELDS)), 1, kind, 1, 0) == refused
+    assert alive
