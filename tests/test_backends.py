@@ -104,10 +104,12 @@ def test_float16_gets_torchs_own_layers_and_one_recurrence_the_reference() -> No
 
 @pytest.fixture
 def products_of_bfloat16(monkeypatch):
-    """Says whether the CPU has instructions for them."""
+    """Says whether the CPU has instructions for them, and the kernels use them."""
 
-    def say(has_them: bool) -> None:
+    def say(has_them: bool, kernels: bool = False, tiles: bool = False) -> None:
         monkeypatch.setattr(native, "multiplies_bfloat16", lambda: has_them)
+        monkeypatch.setattr(native, "multiplies_tiles", lambda: tiles)
+        monkeypatch.setattr(native, "kernels_multiply_bfloat16", lambda: kernels)
         forget()
 
     def forget() -> None:
@@ -139,6 +141,38 @@ def test_products_of_bfloat16_are_left_to_onednn_where_the_cpu_has_them(
     problem = make_problem(dtype=torch.bfloat16, training=training, whole_layers=True)
     problem = problem._replace(hidden_size=hidden_size, batch=batch)
     assert backends.select_backend(problem) == default
+
+
+@pytest.mark.parametrize("size", [(32, 1), (64, 64), (512, 1), (1024, 64)])
+def test_inference_in_bfloat16_is_ours_where_the_kernels_multiply_it(size, products_of_bfloat16):
+    problem = make_problem(dtype=torch.bfloat16, whole_layers=True)
+    problem = problem._replace(hidden_size=size[0], batch=size[1])
+    products_of_bfloat16(True, kernels=True)
+    assert backends.select_backend(problem) == LAYERS
+    # Instructions for whole tiles are oneDNN's alone.
+    products_of_bfloat16(True, kernels=True, tiles=True)
+    assert backends.select_backend(problem) == (LAYERS if size == (32, 1) else "aten")
+
+
+@pytest.mark.skipif(LAYERS != "native", reason="needs the native library")
+def test_what_is_computed_in_bfloat16_is_said(products_of_bfloat16):
+    plain = make_problem(dtype=torch.bfloat16, whole_layers=True)
+    products_of_bfloat16(True, kernels=True)
+    for others, how in (
+        ({}, "in bfloat16"),
+        ({"additions": ("lengths", "resets", "cell_clip")}, "in bfloat16"),
+        ({"packed": True, "autocast": True}, "in bfloat16"),
+        ({"cell": True}, "in bfloat16"),
+        ({"training": True}, "in float32 where gradients are needed"),
+        ({"proj_size": 2}, "in float32"),
+        ({"whole_layers": False}, "in float32"),
+        ({"additions": ("zoneout",)}, "in float32"),
+        ({"additions": ("return_cells",)}, "in float32"),
+    ):
+        reason = backends.supports("native", plain._replace(**others)).reason
+        assert reason.split("; ")[0].endswith(how), others
+    products_of_bfloat16(True, kernels=False)
+    assert "in float32" in backends.supports("native", plain).reason
 
 
 @pytest.mark.parametrize(

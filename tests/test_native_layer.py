@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from fused_lstm.kernels import cpu as kernels
 from fused_lstm.kernels.cpu import LibraryUnavailableError, load
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -173,6 +174,130 @@ def test_values_and_gradients_are_torchs(backend, options, packed, dtype):
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == expected.dtype == dtype
         assert_same(actual, expected)
+
+
+# bfloat16
+
+
+@pytest.fixture
+def computed_in(monkeypatch):
+    """The dtypes that layers are computed in, as they are called."""
+    seen, run = [], kernels.layer_forward
+
+    def layer_forward(x, *rest):
+        seen.append(x.dtype)
+        return run(x, *rest)
+
+    monkeypatch.setattr(kernels, "layer_forward", layer_forward)
+    return seen
+
+
+# What the kernels have not in bfloat16: options of the layer and of its call.
+WIDE = {
+    "projected": ({"proj_size": P}, {}),
+    "zoneout": ({"zoneout": 0.3}, {}),
+    "recurrent-dropout": ({"recurrent_dropout": 0.3}, {}),
+    "cells": ({}, {"return_cells": True}),
+}
+
+
+@pytest.mark.parametrize(("options", "call"), WIDE.values(), ids=WIDE)
+def test_bfloat16_is_widened_where_the_kernels_have_only_that(options, call, computed_in):
+    layer = make_layer(torch.bfloat16, **options)
+    wide = copy.deepcopy(layer).float()
+    x, hx = make_input(layer), make_states(layer)
+    results = []
+    with torch.no_grad():
+        for each in (layer, wide):
+            torch.manual_seed(1)
+            inputs = [t.to(each.weight_hh_l0.dtype) for t in (x, *hx)]
+            output, states, *cells = each(inputs[0], tuple(inputs[1:]), **call)
+            results.append([output, *states, *cells])
+    assert set(computed_in) == {torch.float32}
+    for actual, expected in zip(*results, strict=True):
+        if "recurrent_dropout" not in options:
+            assert torch.equal(actual, expected.bfloat16())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bfloat16_is_widened_where_gradients_are_needed(frozen, computed_in):
+    layer = make_layer(torch.bfloat16)
+    wide = copy.deepcopy(layer).float()
+    layer.requires_grad_(not frozen)
+    x = make_input(layer).requires_grad_(frozen)
+    outputs = [layer(x)[0], wide(x.float())[0]]
+    assert set(computed_in) == {torch.float32}
+    assert torch.equal(outputs[0], outputs[1].bfloat16())
+    inputs = [x] if frozen else list(layer.parameters())
+    others = [x] if frozen else list(wide.parameters())
+    gradient = torch.randn_like(outputs[0])
+    pairs = zip(
+        torch.autograd.grad(outputs[0], inputs, gradient),
+        torch.autograd.grad(outputs[1], others, gradient.float()),
+        strict=True,
+    )
+    assert all(torch.equal(a, b.bfloat16()) for a, b in pairs)
+    # A frozen layer needs none, whatever the mode.
+    layer.requires_grad_(False)
+    computed_in.clear()
+    layer(x.detach())
+    assert computed_in == [kernels_dtype()]
+
+
+def kernels_dtype():
+    """What the kernels compute layers in that are given in bfloat16."""
+    return torch.bfloat16 if kernels.multiplies_bfloat16() else torch.float32
+
+
+@backends
+@options
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_inference_in_bfloat16(backend, options, packed):
+    torch.manual_seed(2)
+    layer = make_layer(torch.bfloat16, backend, size=(5, 17), **options)
+    theirs, exact = twin(layer), twin(layer).double()
+    x = make_input(layer, packed)
+    hx = make_states(layer, B)
+    wide = x._replace(data=x.data.double()) if packed else x.double()
+    with torch.no_grad():
+        outputs = [f(x, hx) for f in (layer, theirs)]
+        outputs.append(exact(wide, tuple(t.double() for t in hx)))
+    names = ("output", "h_n", "c_n")
+    results = [(data_of(output), *states) for output, states in outputs]
+    for name, *three in zip(names, *results, strict=True):
+        assert_within_budget(*three, name)
+
+
+def test_modified_inference_in_bfloat16(computed_in):
+    """Lengths, resets and a clip: as far from float64 as without them, in torch."""
+    layer = make_layer(torch.bfloat16, size=(5, 17), cell_clip=0.4)
+    theirs = nn.LSTM(5, 17, dtype=torch.bfloat16)
+    theirs.load_state_dict(layer.state_dict())
+    x, hx = make_input(layer), make_states(layer)
+    exact = copy.deepcopy(layer).double()
+    more = {"lengths": torch.tensor([5, 0, 2]), "resets": torch.rand(T, B) < 0.4}
+    with torch.no_grad():
+        outputs = [layer(x, hx, **more), exact(x.double(), tuple(t.double() for t in hx), **more)]
+        error = theirs(x, hx)[0] - theirs.double()(x.double(), tuple(t.double() for t in hx))[0]
+    assert computed_in[0] == kernels_dtype()
+    (output, states), (expected, _) = outputs
+    assert_within_budget(output, expected + error, expected)
+    assert not output[:, 1].any()
+    assert torch.equal(states[0][:, 1], hx[0][:, 1])
+
+
+def test_cells_in_bfloat16(computed_in):
+    cell = fused_lstm.LSTMCell(5, 17, dtype=torch.bfloat16, backend="native")
+    theirs = nn.LSTMCell(5, 17, dtype=torch.bfloat16)
+    theirs.load_state_dict(cell.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    x, h, c = (torch.randn(3, n, dtype=torch.bfloat16) for n in (5, 17, 17))
+    with torch.no_grad():
+        results = [f(x, (h, c)) for f in (cell, theirs)]
+        results.append(exact(x.double(), (h.double(), c.double())))
+    assert computed_in == [kernels_dtype()]
+    for three in zip(*results, strict=True):
+        assert_within_budget(*three)
 
 
 # Derivatives

@@ -50,6 +50,7 @@ static void count(void *context) {
 extern "C" {
 int64_t fused_lstm_abi_version() { return ABI; }
 const char *fused_lstm_instruction_sets() { return NAMES; }
+int64_t fused_lstm_multiplies_bfloat16(int64_t instruction_set) { return instruction_set == 0; }
 void fused_lstm_set_openmp(Parallel parallel, int (*thread_num)(), int (*num_threads)()) {
   run_parallel = parallel;
   get_thread_num = thread_num;

@@ -175,7 +175,7 @@ def kernels_multiply_bfloat16() -> bool:
     """Whether our kernels compute in bfloat16 where nothing is to be differentiated."""
     from fused_lstm.kernels import cpu as kernels
 
-    return kernels.multiplies_bfloat16()
+    return bool(kernels.multiplies_bfloat16())
 
 
 def _check_rows(batch_sizes: torch.Tensor | None, rows: torch.Tensor, state: torch.Tensor) -> None:
