@@ -18,8 +18,8 @@
 // Members of a team own rows (sequences) and blocks; they meet after every step, unless each owns
 // all blocks of its rows.
 //
-// Tensors hold numbers as they are Stored, and Real is what is computed with. Where that is wider, h
-// is rounded as it is stored, and enters the next step so; c is not, it has memory of its own.
+// Tensors hold numbers as they are Stored, and Real is what is computed with. Where that is wider,
+// h is rounded as it is stored, and enters the next step so; c is not, it has memory of its own.
 
 // What a row brings into a step, and where its results go.
 template <class Stored, class Real = typename Factors<Stored>::Real>
@@ -49,8 +49,8 @@ struct ForwardPlan {
   int64_t inputs, hidden, features;
   Panels projection;      // W_hrᵀ [H, P]
   bool packs_late;        // a single step needs each panel once: it is packed just before
-  // [blocks][I + P, in cells][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member that
-  // packs late; null where weights are read as they are.
+  // [blocks][I + P, in cells][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member
+  // that packs late; null where weights are read as they are.
   Real *panels;
   Real *bias;             // likewise [..][4][lanes]
   Real *projection_panels;

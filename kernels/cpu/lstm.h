@@ -19,9 +19,9 @@ extern "C" {
 // Raised with every change of the structures or functions below.
 constexpr int64_t kLstmAbiVersion = 3;
 
-// In bfloat16 there is fused_lstm_forward alone, where fused_lstm_multiplies_bfloat16 says so, from x:
-// without activations, c, projection, recurrent_mask and zoneout. Every h is rounded as it is
-// stored, and c is kept in float until the end.
+// In bfloat16 there is fused_lstm_forward alone, where fused_lstm_multiplies_bfloat16 says so, and
+// from x: without activations, c, projection, recurrent_mask and zoneout. Every h is rounded as it
+// is stored, and c is kept in float until the end.
 enum LstmDtype : int64_t { kLstmFloat32 = 0, kLstmFloat64 = 1, kLstmBFloat16 = 2 };
 
 enum LstmStatus : int32_t { kLstmOk = 0, kLstmOutOfMemory = 1, kLstmBadArgument = 2 };

@@ -335,8 +335,8 @@ struct Factors {
 };
 
 #ifdef HAS_AVX512_BF16
-// sum + a0·b0 + a1·b1 in each lane: two products of bfloat16 are exact in float, and the instruction
-// rounds their sums to nearest even, whatever the mode. It takes what is denormal for zero.
+// sum + a0·b0 + a1·b1 in each lane. The instruction rounds to nearest even, whatever the mode, and
+// takes what is denormal for zero, of its arguments and of its results.
 template <>
 struct Factors<BFloat16> {
   typedef float Real;
