@@ -338,8 +338,8 @@ class BackwardMember : protected Member {
                          place + q);
           out[q] = plan_.grad_m + timeline_.row(place + q) * plan_.hidden + first;
         }
-        product<Real>(count, in, panels, p, either(plan_.packed_hr, plan_.arguments->weight_hr), out,
-                      false);
+        product<Real>(count, in, panels, p, either(plan_.packed_hr, plan_.arguments->weight_hr),
+                      out, false);
         if (plan_.normalized) return;
         for (int64_t q = 0; q < count; ++q) cells(k, place + q, first, filled, out[q]);
       });
@@ -432,8 +432,8 @@ class BackwardMember : protected Member {
               row_of(plan_.grad_product, buffers_.gates, gate_width(), chunk, before, k, place + q);
           out[q] = hidden_gradient(timeline_.row(place + q)) + first;
         }
-        product<Real>(count, in, panels, p, either(plan_.packed_hh, plan_.arguments->weight_hh), out,
-                    false);
+        product<Real>(count, in, panels, p, either(plan_.packed_hh, plan_.arguments->weight_hh),
+                      out, false);
         for (int64_t q = 0; q < count; ++q) {
           const int64_t row = timeline_.row(place + q);
           for (int64_t unit = 0; unit < filled; unit += S::kWidth) {

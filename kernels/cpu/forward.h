@@ -14,7 +14,8 @@
 //   h_t = z_h ⊙ h' + (1 - z_h) ⊙ ĥ_t         z_h = zoneout_h_t
 //
 // A block is one vector of hidden units. A tile computes the four gates of one block for a few
-// sequences in registers, from x and then h, and turns them into c and h without leaving them.
+// sequences: sums of products that stay in registers, and from them c and h, before they leave the
+// nearest cache.
 // Members of a team own rows (sequences) and blocks; they meet after every step, unless each owns
 // all blocks of its rows.
 //
@@ -49,7 +50,7 @@ struct ForwardPlan {
   int64_t inputs, hidden, features;
   Panels projection;      // W_hrᵀ [H, P]
   bool packs_late;        // a single step needs each panel once: it is packed just before
-  // [blocks][I + P, in cells][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member
+  // [blocks][I + P, in words][4][lanes], rows of W_ihᵀ over those of W_hhᵀ; one for each member
   // that packs late; null where weights are read as they are.
   Real *panels;
   Real *bias;             // likewise [..][4][lanes]
@@ -120,9 +121,9 @@ class ForwardMember : protected Member {
   Real *stage_;
   ForwardRow<Stored> *rows_;
 
-  // The rows of a panel, of cells.
-  static int64_t cells(int64_t numbers) { return divide_up(numbers, F::kEach); }
-  int64_t depth() const { return cells(plan_.inputs) + cells(plan_.features); }
+  // The rows of a panel, of words.
+  static int64_t words(int64_t numbers) { return divide_up(numbers, F::kEach); }
+  int64_t depth() const { return words(plan_.inputs) + words(plan_.features); }
   Real *panel(int64_t block) const {
     return plan_.panels + (plan_.packs_late ? member_ : block) * depth() * kTile;
   }
@@ -151,7 +152,7 @@ class ForwardMember : protected Member {
                                static_cast<const Stored *>(arguments.bias_hh)};
     const int64_t unit = block * S::kWidth, count = plan_.hidden - unit;
     Real *out = panel(block);
-    for (int s = 0; s < 2; out += cells(depths[s]) * kTile, ++s) {
+    for (int s = 0; s < 2; out += words(depths[s]) * kTile, ++s) {
       for (int gate = 0; gate < 4; ++gate) {
         const Stored *weight = sources[s] + (gate * plan_.hidden + unit) * depths[s];
         pack_transposed<Stored>(depths[s], out + gate * S::kWidth, kTile, [&](int64_t l) {
@@ -315,7 +316,7 @@ class ForwardMember : protected Member {
       in[q] = rows[q].recurrent;
       out[q] = from_h + q * kTile;
     }
-    product_columns<Stored, 4, 1>(count, in, weights + cells(plan_.inputs) * kTile, kTile,
+    product_columns<Stored, 4, 1>(count, in, weights + words(plan_.inputs) * kTile, kTile,
                                   plan_.features, out, kTile, false);
     if (source_ == kFused) {
       for (int64_t q = 0; q < count; ++q) {
@@ -381,10 +382,10 @@ class ForwardMember : protected Member {
     const Stored *rows = static_cast<const Stored *>(matrix) + first * depth;
     for (int64_t k = 0; k < depth; k += S::kWidth * F::kEach) {
       const int64_t left = depth - k;
-      const Vector v = F::cells(vector + k, left);
+      const Vector v = F::words(vector + k, left);
       _Pragma("GCC unroll 16") for (int64_t u = 0; u < S::kWidth; ++u) {
         const Stored *row = rows + min(u, count - 1) * depth;
-        products[u] = F::add_products(products[u], v, F::cells(row + k, left));
+        products[u] = F::add_products(products[u], v, F::words(row + k, left));
       }
     }
   }

@@ -2,7 +2,7 @@
 // after simd.h.
 
 // sum[r][z] += Σ_k rows[r][k * STEP] * panel[k][z], begin <= k < end, one after another, or as many
-// at once as a cell of the panel holds; begin divides by that.
+// at once as a word of the panel holds; begin divides by that.
 //   pitch: elements from one row of the panel to the next.
 template <class Stored, int ROWS, int COLUMNS, int STEP>
 INLINE void accumulate(typename Factors<Stored>::Vector (&sum)[ROWS][COLUMNS],
@@ -160,19 +160,19 @@ INLINE void pack_row(const Panels &panels, int64_t panel, const Real *in, Real *
 
 // One vector of columns of a panel, whose column l is the row of `depth` numbers at row(l), or
 // zeros where that is null.
-//   out: [depth, in cells][step], its first S::kWidth columns are written.
+//   out: [depth, in words][step], its first S::kWidth columns are written.
 template <class Stored, class Row, class Real = typename Factors<Stored>::Real>
 INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
   typedef Factors<Stored> F;
   typedef Simd<Real> S;
-  const int64_t cells = divide_up(depth, F::kEach);
+  const int64_t words = divide_up(depth, F::kEach);
 #ifdef SHUFFLES
-  for (int64_t k = 0; k < cells; k += S::kWidth) {
-    const int64_t count = min(cells - k, S::kWidth), number = k * F::kEach;
+  for (int64_t k = 0; k < words; k += S::kWidth) {
+    const int64_t count = min(words - k, S::kWidth), number = k * F::kEach;
     typename S::Vector block[S::kWidth];
     _Pragma("GCC unroll 16") for (int64_t l = 0; l < S::kWidth; ++l) {
       const Stored *in = row(l);
-      block[l] = in ? F::cells(in + number, depth - number) : typename S::Vector{};
+      block[l] = in ? F::words(in + number, depth - number) : typename S::Vector{};
     }
     S::transpose(block);
     if (count == S::kWidth) {
@@ -185,13 +185,13 @@ INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
   }
 #else
   constexpr int64_t kBlock = 16;  // of a cache line each, so that lines are read once
-  for (int64_t begin = 0; begin < cells; begin += kBlock) {
-    const int64_t end = min(begin + kBlock, cells);
+  for (int64_t begin = 0; begin < words; begin += kBlock) {
+    const int64_t end = min(begin + kBlock, words);
     for (int64_t l = 0; l < S::kWidth; ++l) {
       const Stored *in = row(l);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t number = k * F::kEach;
-        out[k * step + l] = in ? F::cell(in + number, depth - number) : Real(0);
+        out[k * step + l] = in ? F::word(in + number, depth - number) : Real(0);
       }
     }
   }

@@ -318,19 +318,19 @@ struct Simd {
 };
 
 // How the numbers of a row are multiplied by those of a panel, both as they are stored, and summed
-// as Real. Each lane of a vector takes kEach neighbours of a row at once: a cell of a panel.
+// as Real. Each lane of a vector takes kEach neighbours of a row at once: a word of a panel.
 template <class Stored>
 struct Factors {
   typedef Stored Real;
   typedef typename Simd<Real>::Vector Vector;
   static constexpr int64_t kEach = 1;
 
-  // A cell in every lane.
+  // A word in every lane.
   INLINE Vector broadcast(const Stored *p) { return Simd<Real>::broadcast(*p); }
-  // A vector of cells, from the first `count` numbers; behind them are zeros.
-  INLINE Vector cells(const Stored *p, int64_t count) { return Simd<Real>::load(p, count); }
+  // A vector of words, from the first `count` numbers; behind them are zeros.
+  INLINE Vector words(const Stored *p, int64_t count) { return Simd<Real>::load(p, count); }
   // One of them.
-  INLINE Real cell(const Stored *p, int64_t) { return *p; }
+  INLINE Real word(const Stored *p, int64_t) { return *p; }
   INLINE Vector add_products(Vector sum, Vector a, Vector b) { return sum + a * b; }
 };
 
@@ -350,12 +350,12 @@ struct Factors<BFloat16> {
   }
   // The last number of a row of odd length, and a zero.
   INLINE Vector broadcast_last(const BFloat16 *p) { return (Vector)_mm512_set1_epi32(p->bits); }
-  INLINE Vector cells(const BFloat16 *p, int64_t count) {
+  INLINE Vector words(const BFloat16 *p, int64_t count) {
     constexpr int64_t kNumbers = kEach * Simd<Real>::kWidth;
     const __mmask32 numbers = count >= kNumbers ? ~0u : (1u << count) - 1;
     return (Vector)_mm512_maskz_loadu_epi16(numbers, p);
   }
-  INLINE Real cell(const BFloat16 *p, int64_t count) {
+  INLINE Real word(const BFloat16 *p, int64_t count) {
     Real pair = 0;
     __builtin_memcpy(&pair, p, size_t(min(count, kEach)) * sizeof(BFloat16));
     return pair;
