@@ -200,7 +200,7 @@ def test_many_threads_load_once(forgotten, monkeypatch) -> None:
     def slow_open(path: Path) -> library.Library:
         opened.append(path)
         time.sleep(0.05)
-        return library.Library(path, ("baseline",), len, len, len, len, False, "")
+        return library.Library(path, ("baseline",), (False,), len, len, len, len, False, "")
 
     monkeypatch.setattr(library, "_locate", lambda: Path("somewhere"))
     monkeypatch.setattr(library, "_open", slow_open)
@@ -226,6 +226,7 @@ def test_failure_is_remembered(forgotten, monkeypatch, tmp_path) -> None:
 def test_structures_are_passed_as_bytes(stand_in) -> None:
     loaded = library._open(stand_in)
     assert loaded.instruction_sets == ("avx2", "baseline")
+    assert loaded.multiply_bfloat16 == (True, False)
     assert loaded.backward(struct.pack("=q", 41) + bytes(1000), 1, 0, 1, 0) == 41
     # The last field.
     arguments = bytes(8 * (53 + 13 + 15)) + struct.pack("=d", 43)
