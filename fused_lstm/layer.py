@@ -280,10 +280,8 @@ def _computed_in_bfloat16(
     weights: Sequence[DirectionWeights], modifiers: Sequence[Modifiers]
 ) -> bool:
     """Whether the native kernels have this layer in bfloat16, without gradients and cells."""
-    from fused_lstm.kernels import cpu as kernels
-
     return (
-        kernels.multiplies_bfloat16()
+        native_kernels().multiplies_bfloat16()
         and all(own.hr is None for own in weights)
         and all(mask is None for own in modifiers for mask in own[2:5])
     )

@@ -143,7 +143,7 @@ def test_products_of_bfloat16_are_left_to_onednn_where_the_cpu_has_them(
     assert backends.select_backend(problem) == default
 
 
-@pytest.mark.parametrize("size", [(32, 1), (64, 64), (512, 1), (1024, 64)])
+@pytest.mark.parametrize("size", [(32, 1), (64, 64), (512, 1), (1024, 4)])
 def test_inference_in_bfloat16_is_ours_where_the_kernels_multiply_it(size, products_of_bfloat16):
     problem = make_problem(dtype=torch.bfloat16, whole_layers=True)
     problem = problem._replace(hidden_size=size[0], batch=size[1])
@@ -200,7 +200,14 @@ def test_bfloat16_layers_whose_weights_outgrow_the_cache(
 def test_large_batches_of_large_layers_are_left_to_onednn() -> None:
     problem = make_problem(whole_layers=True)._replace(hidden_size=1024, batch=64)
     assert backends.select_backend(problem) == "aten"
-    for other in ({"batch": 4}, {"hidden_size": 512}, {"packed": True}, {"whole_layers": False}):
+    assert backends.select_backend(problem._replace(dtype=torch.bfloat16)) == "aten"
+    for other in (
+        {"batch": 4},
+        {"hidden_size": 512},
+        {"packed": True},
+        {"training": True},
+        {"whole_layers": False},
+    ):
         assert backends.select_backend(problem._replace(**other)) in (LAYERS, RECURRENCE)
 
 

@@ -406,3 +406,17 @@ def test_checkpointing(backend):
     expected = step(native, x)
     torch.testing.assert_close(ours.weight_hh.grad, expected["grad of weight_hh"])
     torch.testing.assert_close(x.grad, expected["grad of input"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_that_were_registered_in_another_order(training):
+    """Equal sizes: what is taken for what does not show in their shapes."""
+    cell = fused_lstm.LSTMCell(5, 5)
+    reference = cell.to_torch()
+    for name in ("weight_hh", "weight_ih", "bias_hh", "bias_ih"):
+        weight = getattr(cell, name)
+        delattr(cell, name)
+        cell.register_parameter(name, weight)
+    x, h, c = torch.randn(3, 2, 5)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(cell(x, (h, c)), reference(x, (h, c)))
