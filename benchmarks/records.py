@@ -136,19 +136,23 @@ class Recorder:
         return results
 
     def _keep(self, case: Case, results: Sequence[Result]) -> None:
-        _, of_case = self.done.setdefault(case.name, (case, []))
-        of_case.extend(results)
+        """Keep results instead of what there was of the same."""
 
-    def _keep_recorded(self, case: Case, results: Sequence[Result]) -> None:
-        """Keep what the case's record has of the same sources and machine, but these results."""
+        def key(result: Result) -> tuple[str, str, str]:
+            return result.provider, result.mode, result.launch
+
+        _, of_case = self.done.setdefault(case.name, (case, []))
+        new = set(map(key, results))
+        of_case[:] = [*(old for old in of_case if key(old) not in new), *results]
+
+    def _keep_recorded(self, case: Case) -> None:
+        """Keep what the case's record has of the same sources and machine."""
         path = self.path_of(case)
         if case.name in self.done or not path.exists():
             return
         record = read_record(path)
         if record["schema"] == SCHEMA and self._same(record["environment"]):
-            measured = {(result.provider, result.mode, result.launch) for result in results}
-            others = map(_result_of, record["results"])
-            self._keep(case, [r for r in others if (r.provider, r.mode, r.launch) not in measured])
+            self._keep(case, list(map(_result_of, record["results"])))
 
     def add(
         self,
@@ -167,7 +171,7 @@ class Recorder:
             seconds: time given to each mode.
             measured: of every provider and launch.
         """
-        self._keep_recorded(case, measured.results)
+        self._keep_recorded(case)
         self._keep(case, measured.results)
         calls = self._settings.get(case.name, {}).get("calls_per_sample", {})
         mode = measured.results[0].mode

@@ -543,6 +543,19 @@ def test_a_record_of_another_environment_is_not_resumed(tmp_path, change, same) 
     assert eager.resumed(TINY, "inference", CONTENDERS) is None
 
 
+def test_what_is_measured_again_takes_the_place_of_what_was_recorded(tmp_path) -> None:
+    for version in range(2):
+        recorder = Recorder(tmp_path, ENVIRONMENT, budget=1, resume=False)
+        for mode in ("inference", "training"):
+            result = replace(TIMED, mode=mode, detail=f"run {version}")
+            recorder.add(TINY, (), Limits(1.0), 0.1, Measured([result], {}, 1))
+    results = read_records(tmp_path)[f"{TINY.name}.json"]["results"]
+    assert [(result["mode"], result["detail"]) for result in results] == [
+        ("inference", "run 1"),
+        ("training", "run 1"),
+    ]
+
+
 def test_all_cases_are_compared_with_the_best_of_the_limits(tmp_path) -> None:
     recorder = Recorder(tmp_path, ENVIRONMENT, budget=1, resume=False)
     recorder.add(TINY, ("small",), Limits(1e3), 0.1, Measured([replace(TIMED)], {}, 1))
