@@ -668,33 +668,3 @@ def quick_cell(
     if chosen != NativeBackend.name:
         return None
     return native_kernels().cell_forward(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)  # type: ignore[no-any-return]
-
-
-@_no_entry_for_compilers
-def quick_cell_to_train(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """Compute one step with gradients; arguments and results as of `quick_cell`."""
-    h, c = hx
-    weights = DirectionWeights(weight_ih, weight_hh, bias_ih, bias_hh)
-    if (
-        transform_under_way()
-        or recording_under_way((input, h, c, *weights))
-        or torch._C._is_any_autocast_enabled()
-    ):
-        return None
-    states = input.shape[0], weight_hh.shape[1]
-    if not fit([weights], input, hx, states[:1], states, 1):
-        return None
-    chosen = _choose_for_cell(
-        device_of(input), input.dtype, *states, True, False, "", backends.requested_name(None)
-    )
-    if chosen != NativeBackend.name:
-        return None
-    h, c = native_layer(input, h, c, [weights])[1:3]
-    return h, c

@@ -480,10 +480,7 @@ class LSTMCell(nn.LSTMCell):
             parameters = self._parameters
             # They are taken by position: one that was taken out and put back is the last.
             if self.backend is None and tuple(parameters) == _WEIGHTS_OF_A_CELL:
-                quick = functional.quick_cell
-                if torch.is_grad_enabled():
-                    quick = functional.quick_cell_to_train
-                result = quick(input, hx, *parameters.values())  # type: ignore[arg-type]
+                result = functional.quick_cell(input, hx, *parameters.values())  # type: ignore[arg-type]
                 if result is not None:
                     return result
         if _is_fx_call(self, LSTMCell, input, hx):

@@ -123,6 +123,9 @@ def _how_in_bfloat16(problem: Problem) -> str:
     return ", in float32 where gradients are needed" if problem.training else ", in bfloat16"
 
 
+_ALL_PRODUCTS = "oneDNN is as fast or faster where the time is all large matrix products"
+
+
 def _why_pytorchs_own(problem: Problem) -> str:
     """Say why PyTorch's own layers are the default for `problem`; empty where they are not.
 
@@ -142,9 +145,7 @@ def _why_pytorchs_own(problem: Problem) -> str:
     products_alone = problem.batch >= 32 and not problem.training
     if problem.dtype == torch.bfloat16:
         if not problem.training and kernels_multiply_bfloat16() and not multiplies_tiles():
-            if problem.hidden_size > 512 and products_alone:
-                return "oneDNN is as fast or faster where the time is all large matrix products"
-            return ""
+            return _ALL_PRODUCTS if problem.hidden_size > 512 and products_alone else ""
         one_by_one = problem.training and problem.batch < 4
         large = problem.batch > 8 or (problem.hidden_size > 64 and not one_by_one)
         if large and multiplies_bfloat16():
@@ -152,7 +153,7 @@ def _why_pytorchs_own(problem: Problem) -> str:
         if problem.hidden_size > 384 and problem.batch < 16 and not problem.training:
             return "in float32, few rows of large weights read twice the bytes of oneDNN's"
     elif problem.dtype == torch.float32 and problem.hidden_size > 768 and products_alone:
-        return "oneDNN is as fast or faster where the time is all large matrix products"
+        return _ALL_PRODUCTS
     return ""
 
 

@@ -99,8 +99,7 @@ class BackwardMember : protected Member {
         weights_(plan.weights[row_group_]),
         mine_(share(plan.hidden_panels.count())),
         own_cells_(share(plan.projection_panels.count())),
-        rows_(plan.rows + unit_group_ * plan.arguments->batch +
-              share_of(plan.arguments->batch, row_group_, split.row_groups).begin) {}
+        rows_(own_rows(plan.rows, plan.arguments->batch)) {}
 
   void run() {
     pack_weights();
@@ -181,6 +180,7 @@ class BackwardMember : protected Member {
     }
   }
 
+  // Where products read a weight: its panels, or itself.
   static const Real *either(const Real *packed, const void *weight) {
     return packed ? packed : static_cast<const Real *>(weight);
   }

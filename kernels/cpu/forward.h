@@ -94,8 +94,7 @@ class ForwardMember : protected Member {
     source_ = plan.gates.data ? kGiven : fused || !plan.panels ? kFused : kStaged;
     if (plan.products) source_ = kNone;
     stage_ = plan.staged + (row_group_ * blocks + blocks_.begin) * kStagedRows * kTile;
-    rows_ = plan.rows + unit_group_ * plan.arguments->batch +
-            share_of(plan.arguments->batch, row_group_, split.row_groups).begin;
+    rows_ = own_rows(plan.rows, plan.arguments->batch);
   }
 
   void run() {

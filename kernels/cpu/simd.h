@@ -128,9 +128,6 @@ struct Simd {
       return result;
     }
     INLINE_MEMBER Vector operator[](int n) const { return vectors[n]; }
-    friend INLINE_MEMBER Several operator+(const Several &a, const Several &b) {
-      return of([&](int n) { return a[n] + b[n]; });
-    }
     friend INLINE_MEMBER Several operator-(const Several &a, const Several &b) {
       return of([&](int n) { return a[n] - b[n]; });
     }

@@ -150,6 +150,12 @@ class Member {
   Share share(int64_t count) const { return share_of(count, unit_group_, split_.unit_groups); }
   Share share_of_all(int64_t count) const { return share_of(count, member_, split_.members()); }
 
+  // This member's part of [unit groups][batch], where each keeps the rows of its group for itself.
+  template <class Row>
+  Row *own_rows(Row *rows, int64_t batch) const {
+    return rows + unit_group_ * batch + share_of(batch, row_group_, split_.row_groups).begin;
+  }
+
   void meet() { barriers_[row_group_].wait(split_.unit_groups); }
   void meet_all() { barriers_[split_.row_groups].wait(split_.members()); }
 
