@@ -271,8 +271,11 @@ class _Comparison:
             sets=len(self.data),
             calls_per_sample=self.calls_per_sample,
             queued=lambda key: key[1] == "graph",
-            # Of short calls, the first after another's turn is not like the rest.
-            settles=lambda key: key[0] in self.with_own_threads or self.calls_per_sample > 1,
+            # Of short calls on a CPU, the first after another's turn is not like the rest.
+            settles=lambda key: (
+                self.device.type == "cpu"
+                and (key[0] in self.with_own_threads or self.calls_per_sample > 1)
+            ),
         )
         for (provider, launch), taken in samples.items():
             result = self.results[provider, launch]

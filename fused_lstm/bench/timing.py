@@ -156,7 +156,7 @@ def time_in_turns(
             turn < MAX_REPETITIONS and time.perf_counter() - start < seconds
         ):
             for key in calls if turn % 2 == 0 else reversed(list(calls)):
-                if settles(key) and device.type == "cpu":
+                if settles(key):
                     calls[key](turn % sets)
                 take_sample(
                     calls[key],
