@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,14 +26,17 @@ from fused_lstm.layer import (
     DirectionWeights,
     LayerOutput,
     composed_layer,
-    native_kernels,
     native_layer,
 )
 from fused_lstm.modifiers import (
     Modifiers,
     check_length_values,
 )
-from fused_lstm.recurrence import recording_under_way, transform_under_way
+from fused_lstm.recurrence import (
+    no_entry_for_compilers,
+    recording_under_way,
+    transform_under_way,
+)
 from fused_lstm.reference import check_batch_sizes
 from fused_lstm.regularization import NO_REGULARIZATION, Regularization
 from fused_lstm.stack import Stack, kept_by_dropout, run_stack
@@ -41,29 +44,7 @@ from fused_lstm.stack import Stack, kept_by_dropout, run_stack
 __all__ = ["Normalization", "input_dtype", "layers_problem", "lstm", "lstm_cell"]
 
 
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def _no_entry_for_compilers(function: Function) -> Function:
-    """Keep `torch.compile` from starting at `function`; it may still go through it.
-
-    The compiler stops at every RNN module (unless `torch._dynamo.config.allow_rnn`), runs it
-    uncompiled, and would begin again at the first plain function below it. Run uncompiled, that
-    function has PyTorch's fused operator to choose from; compiled, it has not.
-    `torch.compiler.disable` would do more: it stops the compiler in a whole program, too.
-    """
-    eval_frame = torch._C._dynamo.eval_frame
-    try:
-        skip = eval_frame._FrameAction.SKIP
-        strategy = eval_frame._FrameExecStrategy(skip, skip)
-        eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    except AttributeError:
-        # A torch that has no such thing is only slower, in models compiled around the layer.
-        return function
-    return function
-
-
-@_no_entry_for_compilers
+@no_entry_for_compilers
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor],
@@ -191,62 +172,6 @@ def lstm(
     return _stack_of_layers(run, stack, x, hx, groups, normalization, first, return_cells)
 
 
-@_no_entry_for_compilers
-def quick_layer(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
-    weights: list[Tensor],
-    input_size: int,
-    hidden_size: int,
-    bias: bool,
-    batch_first: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Run a plain layer in one direction on the native kernels, if nothing is out of the ordinary.
-
-    For a small layer the questions of `lstm` take longer than the answer. `fit` finds here what the
-    checks of the module and of `lstm` find there, and they say it.
-
-    Args:
-        input: [T, B, I], or [B, T, I] with batch_first; a plain tensor.
-        hx: h_0 and c_0 as the user gave them; zeros if None.
-        weights: of the layer, without a projection.
-        input_size: I of the module.
-        hidden_size: H of the module.
-        bias: whether `weights` holds biases.
-        batch_first: how the input is laid out.
-        backend: a backend's name, or None for the default choice.
-
-    Returns:
-        output, h_n and c_n as `lstm`, or None for "ask properly".
-    """
-    if (
-        transform_under_way()
-        or not (hx is None or (type(hx) is tuple and len(hx) == 2))
-        or recording_under_way((input, *(hx or ()), *weights))
-        or torch._C._is_any_autocast_enabled()
-        or not input.shape[1 if batch_first else 0]
-        or input.shape[2] != input_size
-    ):
-        return None
-    name = backends.requested_name(backend)
-    if name not in _NATIVE:
-        return None
-    groups = _by_direction(weights, bias, 1)
-    leading = input.shape[:2]
-    states = (1, leading[0 if batch_first else 1], hidden_size)
-    if hx is None:
-        zeros = torch.zeros(states, dtype=input.dtype, device=input.device)
-        hx = (zeros, zeros)
-    if not fit(groups, input, hx, leading, states, 1):
-        return None
-    problem = layers_problem(input, hx, weights, None, batch_first, "", ())
-    if backends.select_backend(problem, name) != NativeBackend.name:
-        return None
-    x, h_n, c_n, _ = native_layer(input, *hx, groups, None, PLAIN, batch_first)
-    return (x.transpose(0, 1) if batch_first else x), h_n, c_n
-
-
 def _additions(
     lengths: Tensor | None,
     resets: Tensor | None,
@@ -262,9 +187,6 @@ def _additions(
 
 # Backends that compute whole layers, and None: the choice may fall on one of them.
 _WHOLE_LAYERS = (None, NativeBackend.name, AtenBackend.name)
-
-# Of these, what chooses the native kernels, or may.
-_NATIVE = (None, NativeBackend.name)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -538,7 +460,7 @@ def _cast(
     return input.to(dtype), (h.to(dtype), c.to(dtype)), [weight.to(dtype) for weight in weights]
 
 
-@_no_entry_for_compilers
+@no_entry_for_compilers
 def lstm_cell(
     input: Tensor,
     hx: tuple[Tensor, Tensor],
@@ -612,59 +534,3 @@ def lstm_cell(
     x, h_0, c_0 = (tensor.unsqueeze(0) for tensor in (input, *hx))
     h, c = composed_layer(x, h_0, c_0, [weights], backend=name)[1:3]
     return h[0], c[0]
-
-
-def quick_cell(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """Compute one step without gradients on the native kernels, if nothing is out of the ordinary.
-
-    For a small cell the questions of `lstm_cell` take longer than the answer; here they are asked
-    in one expression. Arguments and results as there, the input a plain tensor; None for "ask
-    properly".
-    """
-    h, c = hx
-    if not (type(h) is type(c) is Tensor and input.dim() == h.dim() == c.dim() == 2):
-        return None
-    dtype, (batch, hidden) = input.dtype, h.shape
-    rows, states = (4 * hidden,), (batch, hidden)
-    if (
-        torch.is_grad_enabled()
-        or not input.numel()
-        or len(input) != batch
-        or torch._C._len_torch_dispatch_stack()
-        or transform_under_way()
-        or torch._C._is_tracing()
-        or torch._C._is_any_autocast_enabled()
-        or not (type(weight_ih) is type(weight_hh) is torch.nn.Parameter)
-        or not (type(bias_ih) is type(bias_hh) is torch.nn.Parameter)
-        or bias_ih is None
-        or bias_hh is None
-        or h.shape != states
-        or c.shape != states
-        or weight_hh.shape != (4 * hidden, hidden)
-        or weight_ih.shape != (4 * hidden, input.shape[1])
-        or bias_ih.shape != rows
-        or bias_hh.shape != rows
-        or not (h.dtype is c.dtype is weight_ih.dtype is weight_hh.dtype is dtype)
-        or not (bias_ih.dtype is bias_hh.dtype is dtype)
-        or dtype is torch.bfloat16
-        or not (input.is_cpu and h.is_cpu and c.is_cpu and weight_ih.is_cpu and weight_hh.is_cpu)
-        or not (bias_ih.is_cpu and bias_hh.is_cpu)
-        or not (input.is_contiguous() and h.is_contiguous() and c.is_contiguous())
-        or (input.is_neg() or h.is_neg() or c.is_neg())
-        or not (weight_ih.is_contiguous() and weight_hh.is_contiguous())
-        or not (bias_ih.is_contiguous() and bias_hh.is_contiguous())
-    ):
-        return None
-    chosen = _choose_for_cell(
-        device_of(input), dtype, batch, hidden, False, False, "", backends.requested_name(None)
-    )
-    if chosen != NativeBackend.name:
-        return None
-    return native_kernels().cell_forward(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)  # type: ignore[no-any-return]

@@ -211,6 +211,8 @@ def _gradients(
     gates, weight_hh, h0, c0, weight_hr, gain_hh, gain_c, bias_c = inputs
     h, c, activations, normalized, rstd = saved
     norm = LayerNorm(gain_hh, gain_c, bias_c, eps)
+    ops.check_saved(activations, c, weight_hh, c0, weight_hr, sequence[1])
+    _check_norm(norm, gates)
     grad_h, grad_c, grad_h_n, grad_c_n = grads
     arguments = LayerNormBackwardArguments(
         grad_h,

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_lstm import functional
 from fused_lstm.backends import check_name
 from fused_lstm.modifiers import check_clip
+from fused_lstm.plain import plain_layer
 from fused_lstm.recurrence import transform_under_way
 from fused_lstm.regularization import (
     NO_REGULARIZATION,
@@ -263,13 +264,12 @@ class LSTM(nn.LSTM):
             and self._regularization() is NO_REGULARIZATION
         ):
             # What most small models look like.
-            result = functional.quick_layer(
+            result = plain_layer(
                 input,
                 hx,
                 self._current_weights(),
                 self.input_size,
                 self.hidden_size,
-                self.bias,
                 self.batch_first,
                 self.backend,
             )
@@ -475,14 +475,21 @@ class LSTMCell(nn.LSTMCell):
             RuntimeError: for sizes or devices that do not fit, with torch's text.
             BackendUnavailableError: if the named backend cannot run the problem.
         """
-        if type(input) is Tensor and type(hx) is tuple and len(hx) == 2 and input.dim() == 2:
+        parameters = self._parameters
+        # They are taken by position: one that was taken out and put back is the last.
+        if type(input) is Tensor and input.dim() == 2 and tuple(parameters) == _WEIGHTS_OF_A_CELL:
             # What a stream of single steps looks like.
-            parameters = self._parameters
-            # They are taken by position: one that was taken out and put back is the last.
-            if self.backend is None and tuple(parameters) == _WEIGHTS_OF_A_CELL:
-                result = functional.quick_cell(input, hx, *parameters.values())  # type: ignore[arg-type]
-                if result is not None:
-                    return result
+            result = plain_layer(
+                input,
+                hx,
+                [weight for weight in parameters.values() if weight is not None],
+                self.input_size,
+                self.hidden_size,
+                False,
+                self.backend,
+            )
+            if result is not None:
+                return result[1:]
         if _is_fx_call(self, LSTMCell, input, hx):
             return _as_fx_call(self, input, hx)  # type: ignore[no-any-return]
         if input.dim() not in (1, 2):
@@ -500,7 +507,6 @@ class LSTMCell(nn.LSTMCell):
         elif not batched:
             hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         # Parameters without the detour through __getattr__, which reads whatever is not one.
-        parameters = self._parameters
         weights: list[Any] = [
             parameters[name] if name in parameters else getattr(self, name)
             for name in _WEIGHTS_OF_A_CELL

@@ -121,6 +121,45 @@ def run_on_backend(
         return launch(backends.get_backend(always_right))
 
 
+def check_saved(
+    activations: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    weight_hr: Tensor | None,
+    modifiers: Modifiers,
+) -> None:
+    """Raise unless what was saved for a backward pass still fits together: kernels get pointers.
+
+    It need not: a parameter may have been given other memory (`.data`) since the forward pass, and
+    hooks on saved tensors bring back what they like. Shapes are those of `lstm_backward`.
+
+    Raises:
+        RuntimeError: naming the tensor that does not fit the activations.
+        ValueError: likewise, for a modifier.
+    """
+    *leading, rows = activations.shape
+    hidden, batch = rows // 4, c0.shape[0]
+    features = hidden if weight_hr is None else weight_hr.shape[0]
+    own, device = activations.dtype, activations.device
+    for name, tensor, shape, dtype in (
+        ("weight_hh", weight_hh, (rows, features), own),
+        ("weight_hr", weight_hr, (features, hidden), own),
+        ("c0", c0, (batch, hidden), own),
+        # The backend's own choice.
+        ("c", c, (*leading, hidden), c.dtype),
+    ):
+        if tensor is not None and not (
+            tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+        ):
+            raise RuntimeError(
+                f"{name}: expected {list(shape)} {dtype} on {device} in the backward pass, as in "
+                f"the forward pass, got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    if any(modifier is not None for modifier in modifiers):
+        check_modifiers(modifiers, tuple(leading), batch, features, hidden, own, device)
+
+
 @torch.library.custom_op("fused_lstm::checked_lengths", mutates_args=())
 def checked_lengths(lengths: Tensor, steps: int) -> Tensor:
     """A copy of the lengths [B], once `check_length_values` has passed them.
@@ -279,6 +318,7 @@ def lstm_backward(
         Gradients of gates, h0 and c0, and with a projection δĥ of all rows (else an empty tensor).
     """
     modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
+    check_saved(activations, c, weight_hh, c0, weight_hr, modifiers)
     problem = recurrence_problem(
         activations,
         weight_hh,

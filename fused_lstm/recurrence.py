@@ -10,7 +10,7 @@ projection), `N` rows of a packed batch (the sum of `batch_sizes`). Gate order i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from fused_lstm.modifiers import Modifiers, check_modifiers
 from fused_lstm.reference import LSTMOutput, RecurrenceForward, check_batch_sizes
 
 __all__ = [
+    "PLAIN_TENSORS",
     "LSTMOutput",
     "LSTMRecurrenceFunction",
     "differentiable_gradients",
     "lstm_recurrence",
+    "no_entry_for_compilers",
     "product_operand",
     "readable",
     "recording_under_way",
@@ -169,6 +171,28 @@ def recurrence(
     return LSTMOutput(h, c, h_n, c_n)
 
 
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def no_entry_for_compilers(function: Function) -> Function:
+    """Keep `torch.compile` from starting at `function`; it may still go through it.
+
+    The compiler stops at every RNN module (unless `torch._dynamo.config.allow_rnn`), runs it
+    uncompiled, and would begin again at the first plain function below it. Run uncompiled, that
+    function has PyTorch's fused operator to choose from; compiled, it has not.
+    `torch.compiler.disable` would do more: it stops the compiler in a whole program, too.
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    try:
+        skip = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(skip, skip)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except AttributeError:
+        # A torch that has no such thing is only slower, in models compiled around the layer.
+        return function
+    return function
+
+
 def transform_under_way() -> str:
     """Name what is looking at the computation: "compile", "vmap", "jvp", or "" for nothing."""
     if torch.compiler.is_compiling():
@@ -180,7 +204,8 @@ def transform_under_way() -> str:
     return ""
 
 
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+# A kernel can read the memory of these classes alone.
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def recording_under_way(tensors: Iterable[Tensor | None]) -> str:
@@ -195,7 +220,7 @@ def recording_under_way(tensors: Iterable[Tensor | None]) -> str:
         return "modes"
     # A loop: a generator expression takes half as long again, at every call of every layer.
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TENSORS or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg()):
             return "modes"
     return ""
 

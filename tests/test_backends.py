@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from fused_lstm.kernels.cpu import library
+from fused_lstm.kernels.cpu import PlainLayer, library
 from torch import nn
 
 import fused_lstm
@@ -438,12 +438,16 @@ assert "fused_lstm.kernels.triton" not in sys.modules
 def test_a_compiled_model_runs_the_layer_as_uncompiled_ones_do(monkeypatch, grad, dtype) -> None:
     """The compiler stops at an RNN; what it leaves alone has whole layers to choose from."""
     calls = []
+
+    def count(owner, name):
+        run = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kw: calls.append(1) or run(*args, **kw))
+
     if LAYERS == "native":
-        owner, name = functional, "native_layer"
+        count(functional, "native_layer")
+        count(PlainLayer, "forward")
     else:
-        owner, name = type(backends.get_backend("aten")), "layers"
-    run = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **kw: calls.append(1) or run(*args, **kw))
+        count(type(backends.get_backend("aten")), "layers")
     model = nn.Sequential(nn.Linear(3, 3), fused_lstm.LSTM(3, 4)).to(dtype)
     compiled = torch.compile(model, backend="aot_eager")
     x = torch.randn(5, 2, 3, dtype=dtype)

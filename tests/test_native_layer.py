@@ -182,13 +182,18 @@ def test_values_and_gradients_are_torchs(backend, options, packed, dtype):
 @pytest.fixture
 def computed_in(monkeypatch):
     """The dtypes that layers are computed in, as they are called."""
-    seen, run = [], kernels.layer_forward
+    seen, run, run_plain = [], kernels.layer_forward, kernels.PlainLayer.forward
 
     def layer_forward(x, *rest):
         seen.append(x.dtype)
         return run(x, *rest)
 
+    def plain(self, x, *rest):
+        seen.append(x.dtype)
+        return run_plain(self, x, *rest)
+
     monkeypatch.setattr(kernels, "layer_forward", layer_forward)
+    monkeypatch.setattr(kernels.PlainLayer, "forward", plain)
     return seen
 
 
@@ -583,6 +588,72 @@ def test_saved_tensor_hooks_and_checkpoints():
     with torch.autograd.graph.save_on_cpu():
         loss = losses(layer(x)[1])
     assert_same(torch.autograd.grad(loss, weights), expected)
+
+
+# How a layer comes to a kernel, and the results of each.
+WAYS = {
+    "plain": lambda: (make_layer(), {}),
+    "stacked": lambda: (make_layer(num_layers=2, bidirectional=True), {}),
+    "modified": lambda: (make_layer(), {"resets": torch.rand(T, B) < 0.3}),
+    "normalized": lambda: (
+        fused_lstm.LayerNormLSTM(I, H, dtype=torch.float64, backend="native"),
+        {},
+    ),
+    "cell": lambda: (fused_lstm.LSTMCell(I, H, dtype=torch.float64, backend="native"), {}),
+}
+WEIGHTS = ("weight_ih", "weight_hh")
+
+
+def call(layer, options, x):
+    """The output, of a cell h_1."""
+    return layer(x[0])[0] if isinstance(layer, fused_lstm.LSTMCell) else layer(x, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("way", "weight"),
+    # PyTorch's operator projects the input of the normalized layer, and keeps the old memory.
+    [(name, w) for name in WAYS for w in WEIGHTS if (name, w) != ("normalized", "weight_ih")],
+)
+def test_memory_replaced_before_the_backward_pass(way, weight):
+    """A weight that has become smaller is not read beyond its end; one as large is read anew."""
+    layer, options = WAYS[way]()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    name = weight if isinstance(layer, fused_lstm.LSTMCell) else f"{weight}_l0"
+    parameter = getattr(layer, name)
+    output, own = call(layer, options, x), parameter.data
+    parameter.data = torch.ones(4, 1, dtype=torch.float64)
+    with pytest.raises((RuntimeError, ValueError)):
+        output.sum().backward()
+    parameter.data = own
+    layer.zero_grad()
+    call(layer, options, x).sum().backward()
+    expected = parameter.grad.clone()
+    layer.zero_grad()
+    output = call(layer, options, x)
+    parameter.data = parameter.data.clone()
+    output.sum().backward()
+    assert torch.equal(parameter.grad, expected)
+
+
+# Not the normalized layer: PyTorch's layer_norm takes what it saved for contiguous, unseen.
+@pytest.mark.parametrize("way", [name for name in WAYS if name != "normalized"])
+def test_hooks_that_bring_back_other_memory(way):
+    layer, options = WAYS[way]()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    call(layer, options, x).sum().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: torch.stack([t, t], -1)[..., 0]
+    ):
+        output = call(layer, options, x)
+    output.sum().backward()
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        assert_same(parameter.grad, gradient)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.flatten()[:1]):
+        output = call(layer, options, x)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        output.sum().backward()
 
 
 def test_saved_tensor_changed_in_place_is_noticed():

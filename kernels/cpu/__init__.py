@@ -2,12 +2,11 @@
 
 To read in this order: `lstm.h`, the interface; `forward.h`, `backward.h` and `layer_norm.h`, the
 equations and who computes what; `layout.h`, `multiply.h` and `simd.h`, the parts they are made of;
-`run.h` and `team.h`, memory and threads; `lstm.cpp`, one of each per instruction set. `launch.py`
-and `layer_norm.py` call them.
+`run.h` and `team.h`, memory and threads; `lstm.cpp`, one of each per instruction set. `launch.py`,
+`plain.py` and `layer_norm.py` call them.
 """
 
 from .launch import (
-    cell_forward,
     layer_backward,
     layer_forward,
     lstm_backward,
@@ -16,11 +15,12 @@ from .launch import (
 )
 from .layer_norm import layer_norm_backward, layer_norm_forward
 from .library import Library, LibraryUnavailableError, load
+from .plain import PlainLayer
 
 __all__ = [
     "Library",
     "LibraryUnavailableError",
-    "cell_forward",
+    "PlainLayer",
     "layer_backward",
     "layer_forward",
     "layer_norm_backward",

@@ -26,7 +26,6 @@ __all__ = [
     "LayerGradients",
     "Modifiers",
     "Weights",
-    "cell_forward",
     "layer_backward",
     "layer_forward",
     "lstm_backward",
@@ -544,86 +543,6 @@ def layer_forward(
     if status:
         _check(status, "forward")
     return LayerForward(output, h_n, c_n, c, activations)
-
-
-def cell_forward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute one step; the short form of `layer_forward`, for streams of single steps.
-
-    Args:
-        x: [B, I] contiguous, and so is all that follows.
-        h0: [B, H].
-        c0: [B, H].
-        weight_ih: [4H, I].
-        weight_hh: [4H, H].
-        bias_ih: [4H] or None.
-        bias_hh: [4H] or None.
-
-    Returns:
-        h and c after the step, [B, H].
-
-    Raises:
-        LibraryUnavailableError: if there is no native library.
-        MemoryError: if there is no memory for the kernel's scratch.
-    """
-    batch, inputs = x.shape
-    hidden = h0.shape[1]
-    h_n, c_n = h0.new_empty(batch, hidden), c0.new_empty(batch, hidden)
-    h_address = h_n.data_ptr()
-    status = load().forward(
-        _FORWARD.pack(
-            1,
-            batch,
-            inputs,
-            hidden,
-            hidden,
-            0,
-            0,
-            0,
-            0,
-            0,
-            x.data_ptr(),
-            0,
-            inputs,
-            weight_ih.data_ptr(),
-            0 if bias_ih is None else bias_ih.data_ptr(),
-            0 if bias_hh is None else bias_hh.data_ptr(),
-            weight_hh.data_ptr(),
-            0,
-            h0.data_ptr(),
-            hidden,
-            c0.data_ptr(),
-            hidden,
-            h_address,
-            0,
-            hidden,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            h_address,
-            hidden,
-            c_n.data_ptr(),
-            hidden,
-        )
-        + _UNMODIFIED,
-        1,
-        DTYPES[x.dtype],
-        torch.get_num_threads(),
-        _instruction_set,
-    )
-    if status:
-        _check(status, "forward")
-    return h_n, c_n
 
 
 def layer_backward(

@@ -20,6 +20,7 @@ import pytest
 import torch
 from fused_lstm.kernels.cpu import (
     LibraryUnavailableError,
+    PlainLayer,
     launch,
     layer_backward,
     layer_forward,
@@ -685,6 +686,94 @@ def test_cell(dtype, bias, B, I, H):  # noqa: E741
             assert (a is b is None) or torch.equal(a, b)
     unsaved = layer_forward(*arguments, False, False)
     torch.testing.assert_close(unsaved.output, whole.h_n[0])
+
+
+def strided(t):
+    """The same numbers, not contiguous where there is more than one of them."""
+    return t.repeat_interleave(2, -2)[..., ::2, :]
+
+
+@dtypes
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("kind", ["layer", "batch-first", "cell"])
+@pytest.mark.parametrize(("T", "B", "I", "H"), [(1, 1, 1, 1), (7, 3, 5, 17), (40, 6, 33, 64)])
+def test_a_plain_layer_is_the_general_one(dtype, states, bias, kind, T, B, I, H):  # noqa: E741
+    case = Layer(1 if kind == "cell" else T, B, I, H, bias=bias)
+    inputs, grads = layer_inputs(case)
+    x, h0, c0, weights = convert(inputs, dtype)
+    grads = convert(grads, dtype)
+    if not states:
+        h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
+    batch_first = kind == "batch-first"
+    if batch_first:
+        x = x.transpose(0, 1).contiguous()
+    if kind == "cell":
+        x, h0, c0, grads = x[0], h0[0], c0[0], [None, grads[1][0], grads[2][0]]
+    rest = (None, batch_first, UNMODIFIED)
+    given = (h0, c0) if states else (None, None)
+    own = weights[0][:4]
+    layer = PlainLayer(x.shape, H, bias, batch_first, dtype)
+    for context in every_setting():
+        with context:
+            out = layer_forward(x, h0, c0, weights, *rest, True, False)
+            output, h_n, c_n, saved = layer.forward(x, *given, *own, True)
+            unsaved = layer.forward(x, *given, *own, False)
+            for actual in ((output, h_n, c_n), unsaved[:3]):
+                for a, b in zip(actual, out[:3], strict=True):
+                    assert torch.equal(a, b)
+            assert unsaved[3] is None
+            assert layer.fits(x, *given, *own[:2], output, saved)
+            for wanted in itertools.product([False, True], repeat=2):
+                for arrange in (list, lambda ts: [t if t is None else strided(t) for t in ts]):
+                    arguments = (x, h0, c0, weights, *rest, *(out[0], *out[3:]), *wanted)
+                    expected = layer_backward(*grads, None, *arguments)
+                    arguments = (x, *given, *own[:2], output, saved, *wanted)
+                    actual = layer.backward(*arrange(grads), *arguments)
+                    others = [*expected[:3], *expected.weights[0][:4]]
+                    if not states:
+                        others[1:3] = None, None
+                    for a, b in zip(actual, others, strict=True):
+                        assert (a is b is None) or torch.equal(a, b)
+    if bias and actual[-1] is not None:
+        assert actual[-1].data_ptr() != actual[-2].data_ptr()
+
+
+@dtypes
+def test_a_plain_layer_without_some_gradients(dtype):
+    inputs, grads = layer_inputs(Layer(5, 3, 4, 6))
+    x, h0, c0, weights = convert(inputs, dtype)
+    own, rest = weights[0][:4], (None, False, UNMODIFIED)
+    layer = PlainLayer(x.shape, 6, True, False, dtype)
+    output, _, _, saved = layer.forward(x, h0, c0, *own, True)
+    out = layer_forward(x, h0, c0, weights, *rest, True, False)
+    for given in itertools.product([False, True], repeat=3):
+        some = [g.to(dtype) if keep else None for g, keep in zip(grads, given, strict=True)]
+        actual = layer.backward(*some, x, h0, c0, *own[:2], output, saved, True, True)
+        expected = layer_backward(
+            *some, None, x, h0, c0, weights, *rest, *(out[0], *out[3:]), True, True
+        )
+        for a, b in zip(actual, [*expected[:3], *expected.weights[0][:4]], strict=True):
+            assert torch.equal(a, b)
+
+
+@dtypes
+def test_a_plain_layer_knows_tensors_that_do_not_fit(dtype):
+    inputs, _ = layer_inputs(Layer(5, 3, 4, 6))
+    x, h0, c0, weights = convert(inputs, dtype)
+    own = weights[0][:4]
+    layer = PlainLayer(x.shape, 6, True, False, dtype)
+    output, _, _, saved = layer.forward(x, h0, c0, *own, True)
+    right = [x, h0, c0, *own[:2], output, saved]
+    assert layer.fits(*right)
+    for k, tensor in enumerate(right):
+        for wrong in (
+            tensor[..., :-1],
+            tensor.half(),
+            torch.stack([tensor, tensor], -1)[..., 0],
+            tensor.to("meta"),
+        ):
+            assert not layer.fits(*right[:k], wrong, *right[k + 1 :])
 
 
 @dtypes
