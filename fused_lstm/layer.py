@@ -471,6 +471,7 @@ class PlainLayerFunction(torch.autograd.Function):
                 output,
                 saved,
                 needed[2],
+                needed[3] or needed[4],
                 any(needed[5:]),
             ),
         )

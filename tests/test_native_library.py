@@ -229,7 +229,7 @@ def test_structures_are_passed_as_bytes(stand_in) -> None:
     assert loaded.multiply_bfloat16 == (True, False)
     assert loaded.backward(struct.pack("=q", 41) + bytes(1000), 1, 0, 1, 0) == 41
     # The last field.
-    arguments = bytes(8 * (53 + 13 + 15)) + struct.pack("=d", 43)
+    arguments = bytes(8 * (54 + 13 + 15)) + struct.pack("=d", 43)
     assert loaded.layer_norm_backward(arguments, 1, 0, 1, 0) == 43
     assert loaded.layer_norm_forward(arguments, 1, 0, 1, 0) == 0
     with pytest.raises(AttributeError):

@@ -9,7 +9,6 @@ say is read or written beyond its end.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,7 +37,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 # LstmForward and LstmBackward in lstm.h, eight bytes a field, and the LstmModifiers at their ends.
 _FORWARD = struct.Struct("=35q")
-_BACKWARD = struct.Struct("=53q")
+_BACKWARD = struct.Struct("=54q")
 _MODIFIERS = struct.Struct("=12qd")
 _UNMODIFIED = bytes(_MODIFIERS.size)
 
@@ -108,8 +107,7 @@ class LayerGradients(NamedTuple):
         input: like the input, or None if it is not wanted.
         h0: like h0.
         c0: like c0.
-        weights: for each direction, like its weights, or None if they are not wanted; the two
-            biases share one tensor.
+        weights: for each direction, like its weights, or None if they are not wanted.
     """
 
     input: Tensor | None
@@ -132,13 +130,6 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
     return tensor.resolve_neg().contiguous()
-
-
-def _copy(dense: Tensor) -> Tensor:
-    """A copy of a contiguous tensor; `clone` takes a few times as long for small ones."""
-    copy = dense.new_empty(*dense.shape)
-    ctypes.memmove(copy.data_ptr(), dense.data_ptr(), dense.nbytes)
-    return copy
 
 
 def _rows_or_none(tensor: Tensor | None) -> Tensor | None:
@@ -282,6 +273,7 @@ def _backward_structure(
         *_sequence(grad_gates, packed),
         *_sequence(whole, packed),
         *_NO_SEQUENCE,
+        0,
         0,
         0,
         0,
@@ -634,7 +626,6 @@ def layer_backward(
         batch_sizes = batch_sizes.contiguous()
     structures = b""
     for d, (ih, hh, bias_ih, bias_hh, hr) in enumerate(weights):
-        bias = bias_hh if bias_ih is None else bias_ih
         ih, hh = ih.contiguous(), hh.contiguous()
         hr = None if hr is None else hr.contiguous()
         tail, pointed_to = _modifiers(modifiers[d], packed, dtype)
@@ -643,13 +634,17 @@ def layer_backward(
         grad_input_at = _NO_SEQUENCE
         if want_input:
             grad_input_at = grad_inputs[d].data_ptr(), *_time_and_batch(grad_inputs[d], batch_first)
-        grad_ih = grad_hh = grad_bias = grad_hr = None
+        grad_ih = grad_hh = grad_bias_ih = grad_bias_hh = grad_hr = None
         if want_weights:
             grad_ih = new(*ih.shape)
             grad_hh = new(*hh.shape)
-            grad_bias = None if bias is None else new(*bias.shape)
+            grad_bias_ih = None if bias_ih is None else new(*bias_ih.shape)
+            grad_bias_hh = None if bias_hh is None else new(*bias_hh.shape)
             grad_hr = None if hr is None else new(*hr.shape)
-        grad_weights.append((grad_ih, grad_hh, grad_bias, grad_bias, grad_hr))
+        grad_weights.append((grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr))
+        grad_biases = [_address(grad_bias_ih), _address(grad_bias_hh)]
+        if grad_bias_ih is None:
+            grad_biases.reverse()
         structures += _BACKWARD.pack(
             steps,
             batch,
@@ -687,7 +682,7 @@ def layer_backward(
             *grad_input_at,
             _address(grad_ih),
             _address(grad_hh),
-            _address(grad_bias),
+            *grad_biases,
             _address(grad_hr),
             gh0_address + d * batch * features * size,
             features,
@@ -706,10 +701,6 @@ def layer_backward(
             for grad in grads:
                 if grad is not None:
                     grad.zero_()
-    grad_weights = [
-        (ih, hh, bias, None if bias is None else _copy(bias), hr)
-        for ih, hh, bias, _, hr in grad_weights
-    ]
     grad_input = None
     if want_input:
         grad_input, *others = grad_inputs

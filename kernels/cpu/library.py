@@ -22,7 +22,7 @@ import torch
 __all__ = ["ABI_VERSION", "PATH_VARIABLE", "Library", "LibraryUnavailableError", "load"]
 
 # kLstmAbiVersion in lstm.h.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 # Environment variable that names another build of the library, for sanitizers and debugging.
 PATH_VARIABLE = "FUSED_LSTM_NATIVE_LIBRARY"

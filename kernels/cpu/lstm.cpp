@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -253,10 +254,16 @@ int32_t fused_lstm_forward(const LstmForward *recurrences, int64_t count, int64_
 
 int32_t fused_lstm_backward(const LstmBackward *recurrences, int64_t count, int64_t dtype,
                             int64_t threads, int64_t instruction_set) {
-  return checked(recurrences, count, threads, instruction_set,
-                 [&](const InstructionSet &set, int64_t used) {
-                   return set.backward(recurrences, count, dtype, used, scratch());
-                 });
+  const int32_t status = checked(recurrences, count, threads, instruction_set,
+                                 [&](const InstructionSet &set, int64_t used) {
+                                   return set.backward(recurrences, count, dtype, used, scratch());
+                                 });
+  const size_t size = dtype == kLstmFloat32 ? sizeof(float) : sizeof(double);
+  for (int64_t i = 0; status == kLstmOk && i < count; ++i) {
+    const LstmBackward &a = recurrences[i];
+    if (a.grad_bias_hh) memcpy(a.grad_bias_hh, a.grad_bias_ih, 4 * a.hidden_size * size);
+  }
+  return status;
 }
 
 int32_t fused_lstm_layer_norm_forward(const LstmLayerNormForward *recurrences, int64_t count,

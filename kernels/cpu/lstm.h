@@ -17,7 +17,7 @@
 extern "C" {
 
 // Raised with every change of the structures or functions below.
-constexpr int64_t kLstmAbiVersion = 3;
+constexpr int64_t kLstmAbiVersion = 4;
 
 // In bfloat16 there is fused_lstm_forward alone, where fused_lstm_multiplies_bfloat16 says so, and
 // from x: without activations, c, projection, recurrent_mask and zoneout. Every h is rounded as it
@@ -102,10 +102,11 @@ struct LstmBackward {
   LstmSequence grad_x;       // out [T, B, I], or null
   void *grad_weight_ih;      // out [4H, I], or null
   void *grad_weight_hh;      // out [4H, P], or null
-  void *grad_bias;           // out [4H], or null
+  void *grad_bias_ih;        // out [4H], or null
+  void *grad_bias_hh;        // out [4H], the same once more, or null; null where grad_bias_ih is
   void *grad_weight_hr;      // out [P, H], or null
-  LstmState grad_h0;         // out [B, P]
-  LstmState grad_c0;         // out [B, H]
+  LstmState grad_h0;         // out [B, P], or null
+  LstmState grad_c0;         // out [B, H], or null
   LstmModifiers modifiers;   // as in the forward pass
 };
 

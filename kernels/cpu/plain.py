@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .launch import _BACKWARD, _FORWARD, _UNMODIFIED, DTYPES, _check, _copy, _rows, _time_and_batch
+from .launch import _BACKWARD, _FORWARD, _UNMODIFIED, DTYPES, _check, _rows, _time_and_batch
 from .library import load
 
 __all__ = ["PlainLayer"]
@@ -70,7 +70,7 @@ class PlainLayer:
         self._x = tuple(shape)
         self._output = self.state if cell else (steps, batch, hidden_size)
         self._weight_ih, self._weight_hh = (gates, inputs), (gates, hidden_size)
-        self._cell, self._bias, self._dtype = cell, bias, dtype
+        self._gates, self._cell, self._bias, self._dtype = gates, cell, bias, dtype
         # Activations of all rows, and then their cell states.
         self._saved = (rows * (gates + hidden_size),)
         self._bytes_of_activations = rows * gates * dtype.itemsize
@@ -203,6 +203,7 @@ class PlainLayer:
         output: Tensor,
         saved: Tensor,
         want_input: bool,
+        want_states: bool,
         want_weights: bool,
     ) -> tuple[Tensor | None, ...]:
         """Differentiate the layer.
@@ -219,6 +220,7 @@ class PlainLayer:
             output: as the forward pass returned it.
             saved: likewise.
             want_input: whether a gradient of x is wanted.
+            want_states: whether gradients of h0 and c0 are wanted.
             want_weights: whether gradients of the weights are wanted.
 
         Returns:
@@ -230,13 +232,15 @@ class PlainLayer:
             MemoryError: if there is no memory for the kernel's scratch.
         """
         new, state = x.new_empty, self.state
-        grad_h0, grad_c0 = new(*state), new(*state)
         grad_x = new(*self._x) if want_input else None
-        grad_ih = grad_hh = grad_bias = other_bias = None
+        grad_h0 = grad_c0 = None
+        if want_states:
+            grad_h0, grad_c0 = new(*state), new(*state)
+        grad_ih = grad_hh = grad_bias_ih = grad_bias_hh = None
         if want_weights:
             grad_ih, grad_hh = new(*self._weight_ih), new(*self._weight_hh)
             if self._bias:
-                grad_bias = new(self._weight_hh[0])
+                grad_bias_ih, grad_bias_hh = new(self._gates), new(self._gates)
         grad_output_strides = self._h_strides
         if grad_output is not None and not grad_output.is_contiguous():
             grad_output = _rows(grad_output)
@@ -283,11 +287,12 @@ class PlainLayer:
             *self._x_strides,
             _at(grad_ih),
             _at(grad_hh),
-            _at(grad_bias),
+            _at(grad_bias_ih),
+            _at(grad_bias_hh),
             0,
-            grad_h0.data_ptr(),
+            _at(grad_h0),
             hidden,
-            grad_c0.data_ptr(),
+            _at(grad_c0),
             hidden,
         )
         status = load().backward(
@@ -299,8 +304,4 @@ class PlainLayer:
         )
         if status:
             _check(status, "backward")
-        if grad_bias is not None:
-            other_bias = _copy(grad_bias)
-        if h0 is None:
-            return grad_x, None, None, grad_ih, grad_hh, grad_bias, other_bias
-        return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, grad_bias, other_bias
+        return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh

@@ -200,6 +200,10 @@ struct Backward {
       result.in_place = rows.count < kCopiedRows && width % S::kWidth == 0;
       return result;
     };
+    // Where it is handed on from step to step, also if nobody wants it in the end.
+    const auto state_or_own = [&](const LstmState &given, int64_t width) {
+      return given.data ? given : LstmState{memory.take<Real>(a.batch * width), width};
+    };
     // A chunk holds at least one step.
     const int64_t chunk_rows = max(kChunkRows, divide_up(a.batch, split.row_groups));
     Plan plan = {&a,
@@ -219,8 +223,8 @@ struct Backward {
                  {a.c0, zero},
                  {a.grad_h_n, zero},
                  {a.grad_c_n, zero},
-                 a.grad_h0,
-                 a.grad_c0,
+                 state_or_own(a.grad_h0, a.features),
+                 state_or_own(a.grad_c0, a.hidden_size),
                  a.input_size,
                  a.hidden_size,
                  a.features,
@@ -271,7 +275,7 @@ struct Backward {
       }
       WeightGradients<Real> sums = {
           static_cast<Real *>(a.grad_weight_ih), static_cast<Real *>(a.grad_weight_hh),
-          static_cast<Real *>(a.grad_bias), static_cast<Real *>(a.grad_weight_hr)};
+          static_cast<Real *>(a.grad_bias_ih), static_cast<Real *>(a.grad_weight_hr)};
       if (group > 0) {
         sums = {take_if(sums.ih, gates * a.input_size), take_if(sums.hh, gates * a.features),
                 take_if(sums.bias, gates), take_if(sums.hr, a.features * a.hidden_size)};

@@ -724,18 +724,18 @@ def test_a_plain_layer_is_the_general_one(dtype, states, bias, kind, T, B, I, H)
                     assert torch.equal(a, b)
             assert unsaved[3] is None
             assert layer.fits(x, *given, *own[:2], output, saved)
-            for wanted in itertools.product([False, True], repeat=2):
+            for wanted in itertools.product([False, True], repeat=3):
                 for arrange in (list, lambda ts: [t if t is None else strided(t) for t in ts]):
-                    arguments = (x, h0, c0, weights, *rest, *(out[0], *out[3:]), *wanted)
+                    arguments = (x, h0, c0, weights, *rest, *(out[0], *out[3:]), *wanted[::2])
                     expected = layer_backward(*grads, None, *arguments)
                     arguments = (x, *given, *own[:2], output, saved, *wanted)
                     actual = layer.backward(*arrange(grads), *arguments)
                     others = [*expected[:3], *expected.weights[0][:4]]
-                    if not states:
+                    if not wanted[1]:
                         others[1:3] = None, None
                     for a, b in zip(actual, others, strict=True):
                         assert (a is b is None) or torch.equal(a, b)
-    if bias and actual[-1] is not None:
+    if bias:
         assert actual[-1].data_ptr() != actual[-2].data_ptr()
 
 
@@ -749,7 +749,7 @@ def test_a_plain_layer_without_some_gradients(dtype):
     out = layer_forward(x, h0, c0, weights, *rest, True, False)
     for given in itertools.product([False, True], repeat=3):
         some = [g.to(dtype) if keep else None for g, keep in zip(grads, given, strict=True)]
-        actual = layer.backward(*some, x, h0, c0, *own[:2], output, saved, True, True)
+        actual = layer.backward(*some, x, h0, c0, *own[:2], output, saved, True, True, True)
         expected = layer_backward(
             *some, None, x, h0, c0, weights, *rest, *(out[0], *out[3:]), True, True
         )
@@ -810,7 +810,8 @@ weight_ih bias_ih bias_hh weight_hh weight_hr h0+ c0+ h@ c@ activations@ h_n+ c_
 FORWARD_FIELDS += MODIFIER_FIELDS
 BACKWARD_FIELDS = """steps batch input_size hidden_size features reverse batch_sizes activations@ c@
 x@ h@ weight_ih weight_hh weight_hr h0+ c0+ grad_h@ grad_c@ grad_h_n+ grad_c_n+ grad_gates@
-whole_grad_h@ grad_x@ grad_weight_ih grad_weight_hh grad_bias grad_weight_hr grad_h0+ grad_c0+"""
+whole_grad_h@ grad_x@ grad_weight_ih grad_weight_hh grad_bias_ih grad_bias_hh grad_weight_hr
+grad_h0+ grad_c0+"""
 BACKWARD_FIELDS += MODIFIER_FIELDS
 
 
@@ -924,7 +925,8 @@ def test_outputs_of_any_stride_and_nothing_beside_them(dtype, case):
             "grad_x": new(*N, case.I),
             "grad_weight_ih": new(4 * H, case.I, dense=True),
             "grad_weight_hh": new(4 * H, P, dense=True),
-            "grad_bias": new(4 * H, dense=True),
+            "grad_bias_ih": new(4 * H, dense=True),
+            "grad_bias_hh": new(4 * H, dense=True),
             "grad_weight_hr": new(P, H, dense=True) if hr is not None else None,
             "grad_h0": new(B, P),
             "grad_c0": new(B, H),
@@ -952,8 +954,9 @@ def test_outputs_of_any_stride_and_nothing_beside_them(dtype, case):
         da = exact["dgates"]
         torch.testing.assert_close(gradients["grad_x"].double(), da @ ih.double(), **tolerance)
         torch.testing.assert_close(
-            gradients["grad_bias"].double(), da.flatten(0, -2).sum(0), **tolerance
+            gradients["grad_bias_ih"].double(), da.flatten(0, -2).sum(0), **tolerance
         )
+        assert torch.equal(gradients["grad_bias_hh"], gradients["grad_bias_ih"])
         torch.testing.assert_close(
             gradients["grad_weight_ih"].double(),
             da.flatten(0, -2).T @ x.double().flatten(0, -2),
