@@ -8,16 +8,22 @@ Dimensions: `T` time steps, `B` batch, `I` input features, `H` hidden units.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import launch
-from .launch import _BACKWARD, _FORWARD, _UNMODIFIED, DTYPES, _check, _rows, _time_and_batch
+from .launch import _BACKWARD, _FORWARD, _MODIFIERS, DTYPES, _check, _rows, _time_and_batch
 from .library import load
 
 __all__ = ["PlainLayer"]
+
+# LstmForward and LstmBackward with nothing modified: zeros.
+_PLAIN_FORWARD, _PLAIN_BACKWARD = (
+    struct.Struct(f"{fields.format}{_MODIFIERS.size}x") for fields in (_FORWARD, _BACKWARD)
+)
 
 
 def _at(tensor: Tensor | None) -> int:
@@ -70,7 +76,8 @@ class PlainLayer:
         self._x = tuple(shape)
         self._output = self.state if cell else (steps, batch, hidden_size)
         self._weight_ih, self._weight_hh = (gates, inputs), (gates, hidden_size)
-        self._gates, self._cell, self._bias, self._dtype = gates, cell, bias, dtype
+        self._gates, self._cell, self._bias = gates, cell, bias
+        self._dtype, self._kind = dtype, DTYPES[dtype]
         # Activations of all rows, and then their cell states.
         self._saved = (rows * (gates + hidden_size),)
         self._bytes_of_activations = rows * gates * dtype.itemsize
@@ -119,7 +126,7 @@ class PlainLayer:
             activations = saved.data_ptr()
             c = activations + self._bytes_of_activations
         hidden = state[-1]
-        structure = _FORWARD.pack(
+        structure = _PLAIN_FORWARD.pack(
             *self._sizes,
             0,
             0,
@@ -147,9 +154,9 @@ class PlainLayer:
             hidden,
         )
         status = load().forward(
-            structure + _UNMODIFIED,
+            structure,
             1,
-            DTYPES[self._dtype],
+            self._kind,
             torch.get_num_threads(),
             launch._instruction_set,
         )
@@ -251,7 +258,7 @@ class PlainLayer:
             grad_c_n = grad_c_n.contiguous()
         hidden = state[-1]
         activations = saved.data_ptr()
-        structure = _BACKWARD.pack(
+        structure = _PLAIN_BACKWARD.pack(
             *self._sizes,
             activations,
             *self._gates_strides,
@@ -296,9 +303,9 @@ class PlainLayer:
             hidden,
         )
         status = load().backward(
-            structure + _UNMODIFIED,
+            structure,
             1,
-            DTYPES[self._dtype],
+            self._kind,
             torch.get_num_threads(),
             launch._instruction_set,
         )

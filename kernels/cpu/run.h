@@ -288,6 +288,8 @@ struct Backward {
     if (!memory.counting()) {
       advise_rows<Real>(a.grad_gates, rows, gates);
       advise_rows<Real>(a.grad_x, rows, a.input_size);
+      advise_huge_pages(a.grad_weight_ih, size_t(gates * a.input_size) * sizeof(Real));
+      advise_huge_pages(a.grad_weight_hh, size_t(gates * a.features) * sizeof(Real));
     }
     return plan;
   }
