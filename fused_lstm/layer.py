@@ -32,7 +32,6 @@ __all__ = [
     "DirectionWeights",
     "LSTMLayerFunction",
     "LayerOutput",
-    "PlainLayerFunction",
     "composed_layer",
     "grouped",
     "native_kernels",
@@ -416,65 +415,6 @@ class LSTMLayerFunction(torch.autograd.Function):
 def _forms(tensors: Sequence[Tensor | None]) -> list[tuple[Any, ...] | None]:
     """What of tensors a kernel relies on that is given their addresses."""
     return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-
-
-class PlainLayerFunction(torch.autograd.Function):
-    """What `LSTMLayerFunction` is, with the arguments alone that a `PlainLayer` has."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: Any,
-        batch_first: bool,
-        x: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        *weights: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        """Compute output (not for a cell), h_n and c_n; `kernel` is the `PlainLayer`."""
-        output, h_n, c_n, saved = kernel.forward(x, h_0, c_0, *weights, True)
-        ctx.kernel, ctx.batch_first = kernel, batch_first
-        ctx.save_for_backward(output, saved, x, h_0, c_0, *weights)
-        ctx.set_materialize_grads(False)
-        return (h_n, c_n) if output is h_n else (output, h_n, c_n)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Run the recurrence in reverse, and multiply as it goes."""
-        kernel, needed = ctx.kernel, ctx.needs_input_grad
-        given = [grad for grad in grads if grad is not None]
-        if not given:
-            return (None,) * len(needed)
-        output, saved, x, h_0, c_0, weight_ih, weight_hh, *biases = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-            or not all(map(readable, given))
-            or not kernel.fits(x, h_0, c_0, weight_ih, weight_hh, output, saved)
-        ):
-            if h_0 is None:
-                h_0 = c_0 = x.new_zeros(kernel.state)
-            inputs = (x, h_0, c_0, weight_ih, weight_hh, *biases)
-            sequence = (None, PLAIN, ctx.batch_first, False)
-            return (None, None, *_differentiable(inputs, sequence, grads, needed[2:]))
-        if len(grads) == 2:
-            grads = (None, *grads)
-        return (
-            None,
-            None,
-            *kernel.backward(
-                *grads,
-                x,
-                h_0,
-                c_0,
-                weight_ih,
-                weight_hh,
-                output,
-                saved,
-                needed[2],
-                needed[3] or needed[4],
-                any(needed[5:]),
-            ),
-        )
 
 
 def grouped(flat: Sequence[Tensor | None], each: int = 5) -> list[DirectionWeights]:

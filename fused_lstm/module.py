@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_lstm import functional
 from fused_lstm.backends import check_name
 from fused_lstm.modifiers import check_clip
-from fused_lstm.plain import plain_layer
+from fused_lstm.plain import plain_layers
 from fused_lstm.recurrence import transform_under_way
 from fused_lstm.regularization import (
     NO_REGULARIZATION,
@@ -259,17 +259,19 @@ class LSTM(nn.LSTM):
             and lengths is resets is None
             and not return_cells
             and type(self) is LSTM
-            and self.num_layers == 1
-            and not (self.bidirectional or self.proj_size)
+            and not self.proj_size
+            and not (self.dropout and self.training and self.num_layers > 1)
             and self._regularization() is NO_REGULARIZATION
         ):
-            # What most small models look like.
-            result = plain_layer(
+            # What most models look like.
+            result = plain_layers(
                 input,
                 hx,
                 self._current_weights(),
                 self.input_size,
                 self.hidden_size,
+                self.num_layers,
+                2 if self.bidirectional else 1,
                 self.batch_first,
                 self.backend,
             )
@@ -479,12 +481,14 @@ class LSTMCell(nn.LSTMCell):
         # They are taken by position: one that was taken out and put back is the last.
         if type(input) is Tensor and input.dim() == 2 and tuple(parameters) == _WEIGHTS_OF_A_CELL:
             # What a stream of single steps looks like.
-            result = plain_layer(
+            result = plain_layers(
                 input,
                 hx,
                 [weight for weight in parameters.values() if weight is not None],
                 self.input_size,
                 self.hidden_size,
+                1,
+                1,
                 False,
                 self.backend,
             )

@@ -1,11 +1,12 @@
-"""What ordinary calls on a CPU take: a plain layer or cell, at the cost of one look at its tensors.
+"""What ordinary calls on a CPU take: plain layers, or a cell, after one look at the tensors.
 
 For a small model the questions of `functional.lstm` and `lstm_cell` take longer than the kernel.
-Here most are asked once for tensors of some sizes, and the answer, a `PlainLayer`, is remembered;
-at every call it is asked only what may differ between tensors of these sizes. Whatever is out of
-the ordinary, a fault included, is left to those functions.
+Here most are asked once for tensors of some sizes, and the answer, `PlainLayers`, is remembered; at
+every call it is asked only what may differ between tensors of these sizes. Whatever is out of the
+ordinary, a fault included, is left to those functions.
 
-Dimensions: `T` time steps, `B` batch, `I` input features, `H` hidden units.
+Dimensions: `T` time steps, `B` batch, `I` input features, `H` hidden units, `L` layers, `D`
+directions.
 """
 
 from __future__ import annotations
@@ -21,30 +22,41 @@ from fused_lstm import backends
 from fused_lstm.backends import Problem
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.devices import describe_device
-from fused_lstm.layer import PlainLayerFunction, native_kernels
-from fused_lstm.recurrence import PLAIN_TENSORS, no_entry_for_compilers, transform_under_way
+from fused_lstm.layer import composed_layer, grouped, native_kernels
+from fused_lstm.ops import autocast_off
+from fused_lstm.recurrence import (
+    PLAIN_TENSORS,
+    differentiable_gradients,
+    no_entry_for_compilers,
+    readable,
+    transform_under_way,
+)
 
-__all__ = ["plain_layer"]
+__all__ = ["PlainLayersFunction", "plain_layers"]
 
 
 @no_entry_for_compilers
-def plain_layer(
+def plain_layers(
     input: Tensor,
     hx: Any,
     weights: Sequence[Tensor],
     input_size: int,
     hidden_size: int,
+    num_layers: int,
+    directions: int,
     batch_first: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Run a layer in one direction, or a cell, on the native kernels.
+    """Run layers without projection and dropout, or a cell, on the native kernels.
 
     Args:
-        input: [T, B, I], or [B, T, I] with batch_first, for a layer; [B, I] for a cell.
-        hx: h_0 and c_0, [1, B, H] or [B, H], as the user gave them; zeros if None.
-        weights: weight_ih [4H, I] and weight_hh [4H, H], or these, bias_ih [4H] and bias_hh [4H].
+        input: [T, B, I], or [B, T, I] with batch_first, for layers; [B, I] for a cell.
+        hx: h_0 and c_0, [L·D, B, H] or [B, H], as the user gave them; zeros if None.
+        weights: for each layer and direction weight_ih, weight_hh and, or not, bias_ih and bias_hh.
         input_size: I of the module.
         hidden_size: H of the module.
+        num_layers: L; 1 for a cell.
+        directions: D; 1 for a cell.
         batch_first: how the input is laid out.
         backend: a backend's name, or None for the default choice.
 
@@ -59,19 +71,18 @@ def plain_layer(
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_any_autocast_enabled()
-        or len(weights) not in (2, 4)
     ):
         return None
     if hx is None:
         h = c = None
-        given = (input, *weights)
+        tensors = (input, *weights)
     elif type(hx) is tuple and len(hx) == 2:
         h, c = hx
-        given = (input, h, c, *weights)
+        tensors = (input, h, c, *weights)
     else:
         return None
     dtype = input.dtype
-    for tensor in given:
+    for tensor in tensors:
         if not (
             type(tensor) in PLAIN_TENSORS
             and tensor.dtype is dtype
@@ -80,37 +91,35 @@ def plain_layer(
             and not tensor.is_neg()
         ):
             return None
-    weight_ih, weight_hh, *biases = weights
-    bias_ih, bias_hh = biases or (None, None)
     with_grad = torch.is_grad_enabled()
     kernel = _prepare(
         dtype,
         input_size,
         hidden_size,
+        num_layers,
+        directions,
         batch_first,
         with_grad,
         backends.requested_name(backend),
-        input.shape,
-        None if h is None else h.shape,
-        None if c is None else c.shape,
-        weight_ih.shape,
-        weight_hh.shape,
-        None if bias_ih is None else bias_ih.shape,
-        None if bias_hh is None else bias_hh.shape,
+        hx is None,
+        tuple([tensor.shape for tensor in tensors]),
     )
     if kernel is None:
         return None
-    tensors = (input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
-    differentiated = with_grad and any(tensor.requires_grad for tensor in given)
+    differentiated = with_grad and any(tensor.requires_grad for tensor in tensors)
     if dtype is torch.bfloat16 and (differentiated or not native_kernels().multiplies_bfloat16()):
         return None
+    flat: Sequence[Tensor | None] = weights
+    if len(weights) == 2 * num_layers * directions:
+        flat = [w for k in range(0, len(weights), 2) for w in (*weights[k : k + 2], None, None)]
     if differentiated:
-        outputs: tuple[Tensor, ...] = PlainLayerFunction.apply(  # type: ignore[no-untyped-call]
-            kernel, batch_first, *tensors
+        results: tuple[Tensor, ...] = PlainLayersFunction.apply(  # type: ignore[no-untyped-call]
+            kernel, batch_first, input, h, c, *flat
         )
-        output, h_n, c_n = outputs[0], outputs[-2], outputs[-1]
+        output, h_n, c_n = results[0], results[-2], results[-1]
     else:
-        output, h_n, c_n, _ = kernel.forward(*tensors, False)
+        outputs, h_n, c_n, _ = kernel.forward(input, h, c, flat, False)
+        output = outputs[-1]
     return (output.transpose(0, 1) if batch_first else output), h_n, c_n
 
 
@@ -119,37 +128,26 @@ def _prepare(
     dtype: torch.dtype,
     input_size: int,
     hidden_size: int,
+    num_layers: int,
+    directions: int,
     batch_first: bool,
     with_grad: bool,
     name: str | None,
-    input: torch.Size,
-    h: torch.Size | None,
-    c: torch.Size | None,
-    weight_ih: torch.Size,
-    weight_hh: torch.Size,
-    bias_ih: torch.Size | None,
-    bias_hh: torch.Size | None,
+    stateless: bool,
+    shapes: tuple[torch.Size, ...],
 ) -> Any:
-    """Return the kernel for tensors of these sizes; None if they do not fit, or others run them."""
-    rows, cell = 4 * hidden_size, len(input) == 2
+    """Return the kernel for tensors of these sizes; None if they do not fit, or others run them.
+
+    `shapes` are those of the input, of h and c unless `stateless`, and of the weights.
+    """
+    of_input, *others = shapes
     if name not in (None, NativeBackend.name):
         return None
-    if len(input) not in (2, 3) or 0 in input or input[-1] != input_size:
+    if len(of_input) not in (2, 3) or 0 in of_input or of_input[-1] != input_size:
         return None
-    steps, batch = (1, *input[:-1])[-2:]
+    steps, batch = (1, *of_input[:-1])[-2:]
     if batch_first:
         steps, batch = batch, steps
-    state = (batch, hidden_size) if cell else (1, batch, hidden_size)
-    expected = (
-        (h, state),
-        (c, state),
-        (weight_ih, (rows, input_size)),
-        (weight_hh, (rows, hidden_size)),
-        (bias_ih, (rows,)),
-        (bias_hh, (rows,)),
-    )
-    if any(shape is not None and shape != wanted for shape, wanted in expected):
-        return None
     problem = Problem(
         describe_device("cpu"),
         dtype,
@@ -158,8 +156,103 @@ def _prepare(
         hidden_size,
         training=with_grad,
         whole_layers=True,
-        cell=cell,
+        cell=len(of_input) == 2,
     )
     if backends.select_backend(problem, name) != NativeBackend.name:
         return None
-    return native_kernels().PlainLayer(input, hidden_size, bias_ih is not None, batch_first, dtype)
+    states, weights = ([], others) if stateless else (others[:2], others[2:])
+    bias = len(weights) == 4 * num_layers * directions
+    kernel = native_kernels().PlainLayers(
+        of_input, hidden_size, num_layers, directions, bias, batch_first, dtype
+    )
+    expected = [kernel.state] * len(states)
+    expected += [shape for shape in kernel.weights if shape is not None]
+    return kernel if [*states, *weights] == expected else None
+
+
+class PlainLayersFunction(torch.autograd.Function):
+    """Plain layers on the native kernels, all in one node of the graph.
+
+    The gradients are those of `LSTMLayerFunction`, layer by layer. A second derivative goes through
+    `composed_layer`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Any,
+        batch_first: bool,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Compute output (not for a cell), h_n and c_n.
+
+        Args:
+            ctx: for `backward`.
+            kernel: the `PlainLayers`, which says what the tensors are.
+            batch_first: how x is laid out.
+            x: input of the first layer.
+            h_0: initial states, or None.
+            c_0: likewise.
+            *weights: four for each layer and direction.
+        """
+        outputs, h_n, c_n, saved = kernel.forward(x, h_0, c_0, weights, True)
+        ctx.kernel, ctx.batch_first = kernel, batch_first
+        ctx.save_for_backward(x, h_0, c_0, *weights, *outputs, *saved)
+        ctx.set_materialize_grads(False)
+        output = outputs[-1]
+        return (h_n, c_n) if output is h_n else (output, h_n, c_n)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run the recurrences in reverse, and multiply as they go."""
+        kernel, (_, _, *needed) = ctx.kernel, ctx.needs_input_grad
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        x, h_0, c_0, *rest = ctx.saved_tensors
+        count = len(kernel.weights)
+        weights, outputs, saved = (
+            rest[:count],
+            rest[count : -kernel.num_layers],
+            rest[-kernel.num_layers :],
+        )
+        if (
+            torch.is_grad_enabled()
+            or not all(map(readable, given))
+            # A parameter has been given other memory (`.data`), or a hook on saved tensors has
+            # brought back another. PyTorch's operators say what does not fit.
+            or not kernel.fits(x, h_0, c_0, weights, outputs, saved)
+        ):
+            if h_0 is None:
+                h_0 = c_0 = x.new_zeros(kernel.state)
+            composed = functools.partial(_composed, kernel.directions, ctx.batch_first)
+            with autocast_off("cpu"):
+                gradients = differentiable_gradients(
+                    composed, (x, h_0, c_0, *weights), grads, needed
+                )
+            return None, None, *gradients
+        if len(grads) == 2:
+            grads = None, *grads
+        return None, None, *kernel.backward(*grads, x, h_0, c_0, weights, outputs, saved, needed)
+
+
+def _composed(
+    directions: int, batch_first: bool, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Compute what `PlainLayersFunction` does from operators that can be differentiated."""
+    groups = grouped(weights, 4)
+    if x.dim() == h_0.dim() == 2:
+        _, h, c, _ = composed_layer(x[None], h_0[None], c_0[None], groups)
+        return h[0], c[0]
+    h_n, c_n = [], []
+    for first in range(0, len(groups), directions):
+        own = slice(first, first + directions)
+        x, h, c, _ = composed_layer(
+            x, h_0[own], c_0[own], groups[own], batch_first=batch_first and not first
+        )
+        h_n.append(h)
+        c_n.append(c)
+    return x, torch.cat(h_n), torch.cat(c_n)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from fused_lstm.kernels.cpu import PlainLayer, library
+from fused_lstm.kernels.cpu import PlainLayers, library
 from torch import nn
 
 import fused_lstm
@@ -445,7 +445,7 @@ def test_a_compiled_model_runs_the_layer_as_uncompiled_ones_do(monkeypatch, grad
 
     if LAYERS == "native":
         count(functional, "native_layer")
-        count(PlainLayer, "forward")
+        count(PlainLayers, "forward")
     else:
         count(type(backends.get_backend("aten")), "layers")
     model = nn.Sequential(nn.Linear(3, 3), fused_lstm.LSTM(3, 4)).to(dtype)

@@ -182,7 +182,7 @@ def test_values_and_gradients_are_torchs(backend, options, packed, dtype):
 @pytest.fixture
 def computed_in(monkeypatch):
     """The dtypes that layers are computed in, as they are called."""
-    seen, run, run_plain = [], kernels.layer_forward, kernels.PlainLayer.forward
+    seen, run, run_plain = [], kernels.layer_forward, kernels.PlainLayers.forward
 
     def layer_forward(x, *rest):
         seen.append(x.dtype)
@@ -193,7 +193,7 @@ def computed_in(monkeypatch):
         return run_plain(self, x, *rest)
 
     monkeypatch.setattr(kernels, "layer_forward", layer_forward)
-    monkeypatch.setattr(kernels.PlainLayer, "forward", plain)
+    monkeypatch.setattr(kernels.PlainLayers, "forward", plain)
     return seen
 
 

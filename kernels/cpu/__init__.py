@@ -15,12 +15,12 @@ from .launch import (
 )
 from .layer_norm import layer_norm_backward, layer_norm_forward
 from .library import Library, LibraryUnavailableError, load
-from .plain import PlainLayer
+from .plain import PlainLayers
 
 __all__ = [
     "Library",
     "LibraryUnavailableError",
-    "PlainLayer",
+    "PlainLayers",
     "layer_backward",
     "layer_forward",
     "layer_norm_backward",

@@ -20,7 +20,7 @@ import pytest
 import torch
 from fused_lstm.kernels.cpu import (
     LibraryUnavailableError,
-    PlainLayer,
+    PlainLayers,
     launch,
     layer_backward,
     layer_forward,
@@ -688,84 +688,133 @@ def test_cell(dtype, bias, B, I, H):  # noqa: E741
     torch.testing.assert_close(unsaved.output, whole.h_n[0])
 
 
+def plain_inputs(dtype, T, B, I, H, L=1, D=1, bias=True, batch_first=False, cell=False):  # noqa: E741
+    """x, h0, c0, the weights of each layer and direction, and gradients of the results."""
+    cases = [Layer(T, B, width, H, 0, D, bias) for width in (I, *[D * H] * (L - 1))]
+    inputs, grads = layer_inputs(cases[0])
+    x, _, _, weights = inputs
+    for k, case in enumerate(cases[1:]):
+        weights = weights + layer_inputs(case, seed=k + 1)[0][3]
+    h0, c0, *states = (torch.randn(L * D, B, H) for _ in range(4))
+    x, h0, c0, weights, grads = convert((x, h0, c0, weights, [grads[0], *states]), dtype)
+    if batch_first:
+        x = x.transpose(0, 1).contiguous()
+    if cell:
+        x, h0, c0, grads = x[0], h0[0], c0[0], [None, grads[1][0], grads[2][0]]
+    return x, h0, c0, weights, grads
+
+
+def general_layers(x, h0, c0, weights, grads, D, batch_first, want_input=True):
+    """Results and gradients of a stack, by one general call for each layer."""
+    layers, tapes = [weights[k : k + D] for k in range(0, len(weights), D)], []
+    cell = x.dim() == 2
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    grad_h0, grad_c0 = torch.empty_like(h0), torch.empty_like(c0)
+    for k, own in enumerate(layers):
+        part = ... if cell else slice(k * D, (k + 1) * D)
+        arguments = (x, h0[part], c0[part], own, None, batch_first and k == 0, UNMODIFIED)
+        out = layer_forward(*arguments, True, False)
+        tapes.append((part, arguments, (out.output, out.c, out.activations)))
+        x, h_n[part], c_n[part] = out[:3]
+    grad, of_h_n, of_c_n = grads
+    of_weights = []
+    for k in reversed(range(len(layers))):
+        part, arguments, saved = tapes[k]
+        states = [None if g is None else g[part] for g in (of_h_n, of_c_n)]
+        out = layer_backward(grad, *states, None, *arguments, *saved, want_input or k > 0, True)
+        grad, grad_h0[part], grad_c0[part], own = out
+        of_weights = [w for each in own for w in each[:4]] + of_weights
+    return (x, h_n, c_n), (grad, grad_h0, grad_c0, *of_weights)
+
+
 def strided(t):
     """The same numbers, not contiguous where there is more than one of them."""
     return t.repeat_interleave(2, -2)[..., ::2, :]
 
 
+KINDS = {
+    "layer": {},
+    "no-bias": {"bias": False},
+    "batch-first": {"batch_first": True},
+    "cell": {"cell": True},
+    "cell-no-bias": {"cell": True, "bias": False},
+    "bidirectional": {"D": 2},
+    "stacked": {"L": 3},
+    "everything": {"L": 2, "D": 2, "batch_first": True},
+}
+
+
 @dtypes
 @pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("kind", ["layer", "batch-first", "cell"])
-@pytest.mark.parametrize(("T", "B", "I", "H"), [(1, 1, 1, 1), (7, 3, 5, 17), (40, 6, 33, 64)])
-def test_a_plain_layer_is_the_general_one(dtype, states, bias, kind, T, B, I, H):  # noqa: E741
-    case = Layer(1 if kind == "cell" else T, B, I, H, bias=bias)
-    inputs, grads = layer_inputs(case)
-    x, h0, c0, weights = convert(inputs, dtype)
-    grads = convert(grads, dtype)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("T", "B", "I", "H"), [(1, 1, 1, 1), (7, 3, 5, 17), (12, 6, 33, 64)])
+def test_plain_layers_are_the_general_ones(dtype, states, kind, T, B, I, H):  # noqa: E741
+    L, D, batch_first = kind.get("L", 1), kind.get("D", 1), kind.get("batch_first", False)
+    T = 1 if kind.get("cell") else T
+    x, h0, c0, weights, grads = plain_inputs(dtype, T, B, I, H, **kind)
     if not states:
         h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
-    batch_first = kind == "batch-first"
-    if batch_first:
-        x = x.transpose(0, 1).contiguous()
-    if kind == "cell":
-        x, h0, c0, grads = x[0], h0[0], c0[0], [None, grads[1][0], grads[2][0]]
-    rest = (None, batch_first, UNMODIFIED)
     given = (h0, c0) if states else (None, None)
-    own = weights[0][:4]
-    layer = PlainLayer(x.shape, H, bias, batch_first, dtype)
+    flat = [w for own in weights for w in own[:4]]
+    layers = PlainLayers(x.shape, H, L, D, kind.get("bias", True), batch_first, dtype)
+    assert [None if w is None else w.shape for w in flat] == layers.weights
+    assert layers.state == h0.shape
     for context in every_setting():
         with context:
-            out = layer_forward(x, h0, c0, weights, *rest, True, False)
-            output, h_n, c_n, saved = layer.forward(x, *given, *own, True)
-            unsaved = layer.forward(x, *given, *own, False)
-            for actual in ((output, h_n, c_n), unsaved[:3]):
-                for a, b in zip(actual, out[:3], strict=True):
+            results, gradients = general_layers(x, h0, c0, weights, grads, D, batch_first)
+            outputs, h_n, c_n, saved = layers.forward(x, *given, flat, True)
+            unsaved = layers.forward(x, *given, flat, False)
+            for actual in ((outputs[-1], h_n, c_n), (unsaved[0][-1], *unsaved[1:3])):
+                for a, b in zip(actual, results, strict=True):
                     assert torch.equal(a, b)
-            assert unsaved[3] is None
-            assert layer.fits(x, *given, *own[:2], output, saved)
-            for wanted in itertools.product([False, True], repeat=3):
+            assert unsaved[3] == []
+            assert layers.fits(x, *given, flat, outputs, saved)
+            for of_x, of_h0, of_c0 in itertools.product([False, True], repeat=3):
+                needed = [of_x, of_h0 and states, of_c0 and states, *[w is not None for w in flat]]
                 for arrange in (list, lambda ts: [t if t is None else strided(t) for t in ts]):
-                    arguments = (x, h0, c0, weights, *rest, *(out[0], *out[3:]), *wanted[::2])
-                    expected = layer_backward(*grads, None, *arguments)
-                    arguments = (x, *given, *own[:2], output, saved, *wanted)
-                    actual = layer.backward(*arrange(grads), *arguments)
-                    others = [*expected[:3], *expected.weights[0][:4]]
-                    if not wanted[1]:
-                        others[1:3] = None, None
-                    for a, b in zip(actual, others, strict=True):
-                        assert (a is b is None) or torch.equal(a, b)
-    if bias:
+                    actual = layers.backward(
+                        *arrange(grads), x, *given, flat, outputs, saved, needed
+                    )
+                    for want, a, b in zip(needed, actual, gradients, strict=True):
+                        assert torch.equal(a, b) if want else a is None
+    if flat[2] is not None:
         assert actual[-1].data_ptr() != actual[-2].data_ptr()
 
 
 @dtypes
-def test_a_plain_layer_without_some_gradients(dtype):
-    inputs, grads = layer_inputs(Layer(5, 3, 4, 6))
-    x, h0, c0, weights = convert(inputs, dtype)
-    own, rest = weights[0][:4], (None, False, UNMODIFIED)
-    layer = PlainLayer(x.shape, 6, True, False, dtype)
-    output, _, _, saved = layer.forward(x, h0, c0, *own, True)
-    out = layer_forward(x, h0, c0, weights, *rest, True, False)
+@pytest.mark.parametrize("D", [1, 2])
+def test_plain_layers_without_some_gradients(dtype, D):
+    """Of the results, and of what lies below the lowest weights that want one."""
+    x, h0, c0, weights, grads = plain_inputs(dtype, 5, 3, 4, 6, L=3, D=D)
+    flat = [w for own in weights for w in own[:4]]
+    layers = PlainLayers(x.shape, 6, 3, D, True, False, dtype)
+    outputs, _, _, saved = layers.forward(x, h0, c0, flat, True)
+    everything = [True] * (3 + len(flat))
     for given in itertools.product([False, True], repeat=3):
-        some = [g.to(dtype) if keep else None for g, keep in zip(grads, given, strict=True)]
-        actual = layer.backward(*some, x, h0, c0, *own[:2], output, saved, True, True, True)
-        expected = layer_backward(
-            *some, None, x, h0, c0, weights, *rest, *(out[0], *out[3:]), True, True
-        )
-        for a, b in zip(actual, [*expected[:3], *expected.weights[0][:4]], strict=True):
-            assert torch.equal(a, b)
+        some = [g if keep else None for g, keep in zip(grads, given, strict=True)]
+        actual = layers.backward(*some, x, h0, c0, flat, outputs, saved, everything)
+        expected = general_layers(x, h0, c0, weights, some, D, False)[1]
+        assert all(map(torch.equal, actual, expected))
+    for lowest in range(3):
+        needed = [False] * 3 + [k >= 4 * D * lowest for k in range(len(flat))]
+        some = layers.backward(*grads, x, h0, c0, flat, outputs, saved, needed)
+        for want, a, b in zip(needed, some, actual, strict=True):
+            assert torch.equal(a, b) if want else a is None
 
 
 @dtypes
-def test_a_plain_layer_knows_tensors_that_do_not_fit(dtype):
-    inputs, _ = layer_inputs(Layer(5, 3, 4, 6))
-    x, h0, c0, weights = convert(inputs, dtype)
-    own = weights[0][:4]
-    layer = PlainLayer(x.shape, 6, True, False, dtype)
-    output, _, _, saved = layer.forward(x, h0, c0, *own, True)
-    right = [x, h0, c0, *own[:2], output, saved]
-    assert layer.fits(*right)
+def test_plain_layers_know_tensors_that_do_not_fit(dtype):
+    x, h0, c0, weights, _ = plain_inputs(dtype, 5, 3, 4, 6, L=2)
+    flat = [w for own in weights for w in own[:4]]
+    layers = PlainLayers(x.shape, 6, 2, 1, True, False, dtype)
+    outputs, _, _, saved = layers.forward(x, h0, c0, flat, True)
+
+    def fit(tensors):
+        x, h0, c0, *rest = tensors
+        return layers.fits(x, h0, c0, rest[:8], rest[8:10], rest[10:])
+
+    right = [x, h0, c0, *flat, *outputs, *saved]
+    assert fit(right)
     for k, tensor in enumerate(right):
         for wrong in (
             tensor[..., :-1],
@@ -773,7 +822,7 @@ def test_a_plain_layer_knows_tensors_that_do_not_fit(dtype):
             torch.stack([tensor, tensor], -1)[..., 0],
             tensor.to("meta"),
         ):
-            assert not layer.fits(*right[:k], wrong, *right[k + 1 :])
+            assert not fit([*right[:k], wrong, *right[k + 1 :]])
 
 
 @dtypes
