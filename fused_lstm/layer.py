@@ -23,7 +23,12 @@ from fused_lstm.layer_norm_recurrence import layer_norm_recurrence
 from fused_lstm.layer_norm_reference import LayerNorm
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.ops import autocast_off
-from fused_lstm.recurrence import differentiable_gradients, readable, recurrence
+from fused_lstm.recurrence import (
+    PLAIN_TENSORS,
+    differentiable_gradients,
+    readable,
+    recurrence,
+)
 from fused_lstm.reference import state_dtype
 
 __all__ = [
@@ -347,12 +352,13 @@ class LSTMLayerFunction(torch.autograd.Function):
             return_cells,
         )
         output, h_n, c_n, c, activations = out
-        saved = (x, h_0, c_0, batch_sizes, output, c, activations, *flat)
+        # A cell's output is h_n, which users may change in place: no h but h_0 is looked at again.
+        cell = output is h_n
+        saved = (x, h_0, c_0, batch_sizes, None if cell else output, c, activations, *flat)
         ctx.layout, ctx.forms = layout, _forms(saved)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        if output is h_n:
-            # A cell's output is h_n, and no output of its own.
+        if cell:
             return h_n, c_n
         return (output, h_n, c_n, c) if return_cells else (output, h_n, c_n)
 
@@ -414,7 +420,10 @@ class LSTMLayerFunction(torch.autograd.Function):
 
 def _forms(tensors: Sequence[Tensor | None]) -> list[tuple[Any, ...] | None]:
     """What of tensors a kernel relies on that is given their addresses."""
-    return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    return [
+        None if t is None else (type(t) in PLAIN_TENSORS, t.shape, t.dtype, t.device, t.is_neg())
+        for t in tensors
+    ]
 
 
 def grouped(flat: Sequence[Tensor | None], each: int = 5) -> list[DirectionWeights]:

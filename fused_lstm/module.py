@@ -272,6 +272,7 @@ class LSTM(nn.LSTM):
                 self.hidden_size,
                 self.num_layers,
                 2 if self.bidirectional else 1,
+                self.bias,
                 self.batch_first,
                 self.backend,
             )
@@ -481,14 +482,16 @@ class LSTMCell(nn.LSTMCell):
         # They are taken by position: one that was taken out and put back is the last.
         if type(input) is Tensor and input.dim() == 2 and tuple(parameters) == _WEIGHTS_OF_A_CELL:
             # What a stream of single steps looks like.
+            given = [weight for weight in parameters.values() if weight is not None]
             result = plain_layers(
                 input,
                 hx,
-                [weight for weight in parameters.values() if weight is not None],
+                given,
                 self.input_size,
                 self.hidden_size,
                 1,
                 1,
+                len(given) > 2,
                 False,
                 self.backend,
             )

@@ -146,7 +146,7 @@ def check_saved(
         ("weight_hh", weight_hh, (rows, features), own),
         ("weight_hr", weight_hr, (features, hidden), own),
         ("c0", c0, (batch, hidden), own),
-        # The backend's own choice.
+        # Its dtype is the backend's own choice.
         ("c", c, (*leading, hidden), c.dtype),
     ):
         if tensor is not None and not (

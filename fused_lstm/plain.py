@@ -3,7 +3,7 @@
 For a small model the questions of `functional.lstm` and `lstm_cell` take longer than the kernel.
 Here most are asked once for tensors of some sizes, and the answer, `PlainLayers`, is remembered; at
 every call it is asked only what may differ between tensors of these sizes. Whatever is out of the
-ordinary, a fault included, is left to those functions.
+ordinary is left to those functions, and so are faults, but for a named backend that cannot run.
 
 Dimensions: `T` time steps, `B` batch, `I` input features, `H` hidden units, `L` layers, `D`
 directions.
@@ -44,6 +44,7 @@ def plain_layers(
     hidden_size: int,
     num_layers: int,
     directions: int,
+    bias: bool,
     batch_first: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -52,11 +53,12 @@ def plain_layers(
     Args:
         input: [T, B, I], or [B, T, I] with batch_first, for layers; [B, I] for a cell.
         hx: h_0 and c_0, [L·D, B, H] or [B, H], as the user gave them; zeros if None.
-        weights: for each layer and direction weight_ih, weight_hh and, or not, bias_ih and bias_hh.
+        weights: for each layer and direction weight_ih, weight_hh, and bias_ih and bias_hh.
         input_size: I of the module.
         hidden_size: H of the module.
         num_layers: L; 1 for a cell.
         directions: D; 1 for a cell.
+        bias: whether `weights` holds biases.
         batch_first: how the input is laid out.
         backend: a backend's name, or None for the default choice.
 
@@ -71,46 +73,53 @@ def plain_layers(
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_any_autocast_enabled()
+        # What is remembered is found again by equality, and 4.0 equals 4.
+        or not (type(input_size) is type(hidden_size) is type(num_layers) is int)
+        or not (type(bias) is type(batch_first) is bool)
     ):
         return None
+    name = backends.requested_name(backend)
+    if name is not None and name != NativeBackend.name:
+        return None
+    tensors: tuple[Tensor, ...]
     if hx is None:
         h = c = None
-        tensors = (input, *weights)
+        tensors = (*weights, input)
     elif type(hx) is tuple and len(hx) == 2:
         h, c = hx
-        tensors = (input, h, c, *weights)
+        tensors = (*weights, input, h, c)
     else:
         return None
-    dtype = input.dtype
-    for tensor in tensors:
+    dtype, count = input.dtype, len(weights)
+    for k, tensor in enumerate(tensors):
         if not (
             type(tensor) in PLAIN_TENSORS
             and tensor.dtype is dtype
             and tensor.is_cpu
-            and tensor.is_contiguous()
+            and (k >= count or tensor.is_contiguous())
             and not tensor.is_neg()
+            # Zeros without memory have none, and tensors that were freed.
+            and tensor.data_ptr()
         ):
             return None
     with_grad = torch.is_grad_enabled()
     kernel = _prepare(
+        (input_size, hidden_size, num_layers, directions, bias, batch_first),
         dtype,
-        input_size,
-        hidden_size,
-        num_layers,
-        directions,
-        batch_first,
         with_grad,
-        backends.requested_name(backend),
-        hx is None,
+        name,
         tuple([tensor.shape for tensor in tensors]),
+        input.stride(),
     )
     if kernel is None:
         return None
     differentiated = with_grad and any(tensor.requires_grad for tensor in tensors)
     if dtype is torch.bfloat16 and (differentiated or not native_kernels().multiplies_bfloat16()):
         return None
+    if h is not None and c is not None:
+        h, c = h.contiguous(), c.contiguous()
     flat: Sequence[Tensor | None] = weights
-    if len(weights) == 2 * num_layers * directions:
+    if not bias:
         flat = [w for k in range(0, len(weights), 2) for w in (*weights[k : k + 2], None, None)]
     if differentiated:
         results: tuple[Tensor, ...] = PlainLayersFunction.apply(  # type: ignore[no-untyped-call]
@@ -125,25 +134,31 @@ def plain_layers(
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(
+    sizes: tuple[int, int, int, int, bool, bool],
     dtype: torch.dtype,
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
-    directions: int,
-    batch_first: bool,
     with_grad: bool,
     name: str | None,
-    stateless: bool,
     shapes: tuple[torch.Size, ...],
+    strides: tuple[int, ...],
 ) -> Any:
     """Return the kernel for tensors of these sizes; None if they do not fit, or others run them.
 
-    `shapes` are those of the input, of h and c unless `stateless`, and of the weights.
+    Args:
+        sizes: I, H, L, D, bias and batch_first of `plain_layers`.
+        dtype: of all tensors.
+        with_grad: whether a gradient may be asked for.
+        name: of a backend that was asked for, or None.
+        shapes: of the weights, of the input, and of h and c if they are given.
+        strides: of the input.
     """
-    of_input, *others = shapes
-    if name not in (None, NativeBackend.name):
+    input_size, hidden_size, num_layers, directions, bias, batch_first = sizes
+    count = num_layers * directions * (4 if bias else 2)
+    if len(shapes) not in (count + 1, count + 3):
         return None
+    of_input = shapes[count]
     if len(of_input) not in (2, 3) or 0 in of_input or of_input[-1] != input_size:
+        return None
+    if strides[-1] != 1 and input_size > 1:
         return None
     steps, batch = (1, *of_input[:-1])[-2:]
     if batch_first:
@@ -160,14 +175,12 @@ def _prepare(
     )
     if backends.select_backend(problem, name) != NativeBackend.name:
         return None
-    states, weights = ([], others) if stateless else (others[:2], others[2:])
-    bias = len(weights) == 4 * num_layers * directions
     kernel = native_kernels().PlainLayers(
-        of_input, hidden_size, num_layers, directions, bias, batch_first, dtype
+        of_input, strides, hidden_size, num_layers, directions, bias, batch_first, dtype
     )
-    expected = [kernel.state] * len(states)
-    expected += [shape for shape in kernel.weights if shape is not None]
-    return kernel if [*states, *weights] == expected else None
+    weights = [shape for shape in kernel.weights if shape is not None]
+    expected = (*weights, of_input, kernel.state, kernel.state)
+    return kernel if shapes == expected[: len(shapes)] else None
 
 
 class PlainLayersFunction(torch.autograd.Function):
@@ -200,10 +213,13 @@ class PlainLayersFunction(torch.autograd.Function):
         """
         outputs, h_n, c_n, saved = kernel.forward(x, h_0, c_0, weights, True)
         ctx.kernel, ctx.batch_first = kernel, batch_first
-        ctx.save_for_backward(x, h_0, c_0, *weights, *outputs, *saved)
         ctx.set_materialize_grads(False)
-        output = outputs[-1]
-        return (h_n, c_n) if output is h_n else (output, h_n, c_n)
+        if kernel.cell:
+            # Its output is h_n, which users may change in place: no h but h_0 is looked at again.
+            ctx.save_for_backward(x, h_0, c_0, *weights, *saved)
+            return h_n, c_n
+        ctx.save_for_backward(x, h_0, c_0, *weights, *outputs, *saved)
+        return outputs[-1], h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -212,7 +228,7 @@ class PlainLayersFunction(torch.autograd.Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
-        x, h_0, c_0, *rest = ctx.saved_tensors
+        x, h_0, c_0, *rest = tensors = ctx.saved_tensors
         count = len(kernel.weights)
         weights, outputs, saved = (
             rest[:count],
@@ -224,7 +240,7 @@ class PlainLayersFunction(torch.autograd.Function):
             or not all(map(readable, given))
             # A parameter has been given other memory (`.data`), or a hook on saved tensors has
             # brought back another. PyTorch's operators say what does not fit.
-            or not kernel.fits(x, h_0, c_0, weights, outputs, saved)
+            or not kernel.fits(*tensors)
         ):
             if h_0 is None:
                 h_0 = c_0 = x.new_zeros(kernel.state)
@@ -234,7 +250,7 @@ class PlainLayersFunction(torch.autograd.Function):
                     composed, (x, h_0, c_0, *weights), grads, needed
                 )
             return None, None, *gradients
-        if len(grads) == 2:
+        if kernel.cell:
             grads = None, *grads
         return None, None, *kernel.backward(*grads, x, h_0, c_0, weights, outputs, saved, needed)
 

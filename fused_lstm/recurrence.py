@@ -212,7 +212,8 @@ def recording_under_way(tensors: Iterable[Tensor | None]) -> str:
     """Name what wants to see PyTorch's operators: "trace", "modes" or "" for nothing.
 
     Modes are of `torch.utils._python_dispatch` (fake tensors, counters, `make_fx`); subclasses of
-    Tensor count as one, because they may have no memory of their own, and so do lazy negations.
+    Tensor count as one, because they may have no memory of their own, and so do lazy negations and
+    zeros without memory.
     """
     if torch._C._is_tracing():
         return "trace"
@@ -220,7 +221,7 @@ def recording_under_way(tensors: Iterable[Tensor | None]) -> str:
         return "modes"
     # A loop: a generator expression takes half as long again, at every call of every layer.
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg() or t._is_zerotensor()):
             return "modes"
     return ""
 
@@ -230,6 +231,7 @@ def readable(grad: Tensor | None) -> bool:
     return grad is None or (
         type(grad) is Tensor
         and not grad.is_neg()
+        and not grad._is_zerotensor()
         and not torch._C._functorch.is_legacy_batchedtensor(grad)
         and not torch._C._are_functorch_transforms_active()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -654,6 +655,108 @@ def test_hooks_that_bring_back_other_memory(way):
         output = call(layer, options, x)
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["strided", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_results_of_a_cell_may_be_changed_in_place(dtype, dense):
+    """As torch's: a state is masked in place where an episode ends."""
+    cell = fused_lstm.LSTMCell(I, H, dtype=dtype)
+    if not dense:
+        cell.weight_hh.data = cell.weight_hh.data.t().contiguous().t()
+    x, hx = torch.randn(B, I, dtype=dtype), torch.randn(2, B, H, dtype=dtype)
+    results = []
+    for each in (cell, cell.to_torch()):
+        each.zero_grad()
+        h, c = each(x, tuple(hx))
+        h.mul_(0.5)
+        c.mul_(2)
+        h, c = each(x, (h, c))
+        (h.mul_(3).sum() + c.exp_().sum()).backward()
+        results.append([p.grad.clone() for p in each.parameters()])
+    tolerance = {} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.1}
+    assert_same(*results, **tolerance)
+
+
+# Tensors whose memory does not hold their numbers, or is gone
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_zeros_without_memory(way):
+    """As `torch._efficientzerotensor` makes them, for derivatives that are zero."""
+    layer, options = WAYS[way]()
+    zeros = torch._efficientzerotensor((T, B, I), dtype=torch.float64)
+    expected = call(layer, options, torch.zeros(T, B, I, dtype=torch.float64))
+    assert_same(call(layer, options, zeros), expected)
+    output = call(layer, options, torch.randn(T, B, I, dtype=torch.float64))
+    gradient = torch._efficientzerotensor(output.shape, dtype=torch.float64)
+    weights = list(layer.parameters())
+    for each in torch.autograd.grad(output, weights, gradient, allow_unused=True):
+        assert each is None or not each.any()
+
+
+@pytest.mark.filterwarnings("ignore::fused_lstm.KernelFallbackWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_that_is_gone(way):
+    layer, options = WAYS[way]()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    output = call(layer, options, x)
+    weight = next(p for name, p in layer.named_parameters() if name.startswith("weight_hh"))
+    weight.data.untyped_storage().resize_(0)
+    for run in (lambda: output.sum().backward(), lambda: call(layer, options, x)):
+        with pytest.raises(RuntimeError):
+            run()
+    layer, options = WAYS[way]()
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        call(layer, options, x)
+
+
+@pytest.mark.parametrize("way", [name for name in WAYS if name != "normalized"])
+def test_hooks_that_bring_back_lazy_negations_and_fakes(way):
+    layer, options = WAYS[way]()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    weights = list(layer.parameters())
+    expected = torch.autograd.grad(call(layer, options, x).sum(), weights)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.neg() if t.is_floating_point() else t,
+        lambda t: torch._neg_view(t) if t.is_floating_point() else t,
+    ):
+        output = call(layer, options, x)
+    assert_same(torch.autograd.grad(output.sum(), weights), expected)
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, mode.from_tensor):
+        output = call(layer, options, x)
+    # What comes of it is PyTorch's affair; it must not be read.
+    with contextlib.suppress(Exception):
+        output.sum().backward()
+
+
+# What modules are told, and what is remembered of it
+
+
+def test_attributes_that_are_not_what_they_should_be():
+    """Nothing of a call that fails is remembered for the next."""
+    x = torch.zeros(7, 2, 3)
+    for name, value in (
+        ("hidden_size", 4.0),
+        ("hidden_size", None),
+        ("hidden_size", [4]),
+        ("backend", ["native"]),
+        ("bias", False),
+        ("num_layers", 2),
+        ("bidirectional", True),
+    ):
+        layer = fused_lstm.LSTM(3, 4)
+        setattr(layer, name, value)
+        with pytest.raises((TypeError, RuntimeError, ValueError, IndexError)):
+            layer(x)
+        good = fused_lstm.LSTM(3, 4)
+        assert_same(good(x)[0], twin(good)(x)[0])
+    layer = fused_lstm.LSTM(3, 4, bias=False)
+    layer.bias = True
+    with pytest.raises(RuntimeError, match="weights"):
+        layer(x)
 
 
 def test_saved_tensor_changed_in_place_is_noticed():

@@ -89,7 +89,7 @@ class LayerForward(NamedTuple):
         output: [T, B, D·P], whatever the input's layout, or [N, D·P]; for a cell it is h_n.
         h_n: like h0.
         c_n: like c0.
-        c: [T, B, D·H] or [N, D·H], for a cell c_n; None unless saved.
+        c: [T, B, D·H] or [N, D·H], for a cell [B, H]; None unless saved.
         activations: [D·T·B, 4H] or [D·N, 4H], σ(a_i), σ(a_f), tanh(a_g), σ(a_o); likewise.
     """
 
@@ -116,10 +116,14 @@ class LayerGradients(NamedTuple):
     weights: list[tuple[Tensor | None, ...]]
 
 
+def _with_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, whose memory holds its numbers."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it, with its last dimension contiguous."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
+    tensor = _with_memory(tensor)
     if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
@@ -127,9 +131,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
     """The tensor, or a copy of it, contiguous."""
-    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
-        return tensor
-    return tensor.resolve_neg().contiguous()
+    return None if tensor is None else _with_memory(tensor).contiguous()
 
 
 def _rows_or_none(tensor: Tensor | None) -> Tensor | None:
@@ -141,17 +143,29 @@ def _sequence(tensor: Tensor | None, packed: bool) -> tuple[int, int, int]:
     if tensor is None or not tensor.numel():
         return _NO_SEQUENCE
     if packed:
-        return tensor.data_ptr(), 0, tensor.stride(0)
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+        return _address(tensor), 0, tensor.stride(0)
+    return _address(tensor), tensor.stride(0), tensor.stride(1)
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int]:
     """Address and stride of [B, F]: an LstmState."""
-    return _NO_STATE if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+    return _NO_STATE if tensor is None else (_address(tensor), tensor.stride(0))
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where a tensor's numbers are, or null.
+
+    Raises:
+        RuntimeError: if its memory is gone.
+    """
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise RuntimeError(
+            f"Expected tensors with memory, got one of {list(tensor.shape)} whose storage is empty"
+        )
+    return address
 
 
 def _modifiers(
@@ -465,7 +479,7 @@ def layer_forward(
         activations = new(directions * rows, 4 * hidden)
     if len(state_shape) == 2:
         output = h_n
-        c = c_n if save or save_cells else None
+        c = new(*c0.shape) if save else None
     else:
         leading = (rows,) if packed else (steps, batch)
         output = new(*leading, directions * features)
@@ -474,16 +488,16 @@ def layer_forward(
     if not batch:
         return LayerForward(output, h_n, c_n, c, activations)
     size = dtype.itemsize
-    x_address, x_strides = x.data_ptr(), _time_and_batch(x, batch_first)
-    out_address, out_strides = output.data_ptr(), _time_and_batch(output, False)
+    x_address, x_strides = _address(x), _time_and_batch(x, batch_first)
+    out_address, out_strides = _address(output), _time_and_batch(output, False)
     h0_stride, c0_stride = h0.stride()[-2], c0.stride()[-2]
     h0_step = c0_step = 0
     if directions > 1:
         h0_step, c0_step = h0.stride(0) * size, c0.stride(0) * size
-    h0_address, c0_address = h0.data_ptr(), c0.data_ptr()
+    h0_address, c0_address = _address(h0), _address(c0)
     h_n_address, c_n_address = h_n.data_ptr(), c_n.data_ptr()
-    c_address, c_strides = (0, (0, 0)) if c is None else (c.data_ptr(), _time_and_batch(c, False))
-    activations_address = 0 if activations is None else activations.data_ptr()
+    c_address, c_strides = (0, (0, 0)) if c is None else (_address(c), _time_and_batch(c, False))
+    activations_address = 0 if activations is None else _address(activations)
     row_stride = 0 if packed else batch
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
@@ -549,7 +563,7 @@ def layer_backward(
     batch_sizes: Tensor | None,
     batch_first: bool,
     modifiers: Sequence[Modifiers],
-    output: Tensor,
+    output: Tensor | None,
     c: Tensor,
     activations: Tensor,
     want_input: bool,
@@ -569,7 +583,7 @@ def layer_backward(
         batch_sizes: [T] or None.
         batch_first: how the input is laid out.
         modifiers: one for each direction.
-        output: what the forward pass computed, and so for the next two.
+        output: what the forward pass computed, and so for the next two; not needed for a cell.
         c: [T, B, D·H] or [N, D·H]; [B, H] for a cell.
         activations: [D·T·B, 4H] or [D·N, 4H].
         want_input: whether a gradient of the input is wanted.
@@ -580,9 +594,9 @@ def layer_backward(
         MemoryError: if there is no memory for the kernel's scratch.
     """
     dtype, directions = x.dtype, len(weights)
-    x, h0, c0, output, c = _rows(x), _rows(h0), _rows(c0), _rows(output), _rows(c)
+    x, h0, c0, c = _rows(x), _rows(h0), _rows(c0), _rows(c)
     # As they were left, unless a hook on saved tensors has brought them back otherwise.
-    activations = activations.contiguous()
+    activations = _with_memory(activations).contiguous()
     *_, batch, features = h0.shape
     inputs, hidden = x.shape[-1], c0.shape[-1]
     packed = batch_sizes is not None
@@ -596,12 +610,12 @@ def layer_backward(
     alive = []
     if grad_output is not None:
         grad_output = _rows(grad_output)
-        grad_output_at = grad_output.data_ptr(), *_time_and_batch(grad_output, False)
+        grad_output_at = _address(grad_output), *_time_and_batch(grad_output, False)
     else:
         grad_output_at = _NO_SEQUENCE
     if grad_cells is not None:
         grad_cells = _rows(grad_cells)
-        grad_cells_at = grad_cells.data_ptr(), *_time_and_batch(grad_cells, False)
+        grad_cells_at = _address(grad_cells), *_time_and_batch(grad_cells, False)
     else:
         grad_cells_at = _NO_SEQUENCE
     grad_states = []
@@ -613,21 +627,23 @@ def layer_backward(
             alive.append(grad)
             strides = grad.stride()
             step = strides[0] * size if directions > 1 else 0
-            grad_states.append((grad.data_ptr(), strides[-2], step))
+            grad_states.append((_address(grad), strides[-2], step))
     (gh_address, gh_stride, gh_step), (gc_address, gc_stride, gc_step) = grad_states
-    x_address, x_strides = x.data_ptr(), _time_and_batch(x, batch_first)
-    out_address, out_strides = output.data_ptr(), _time_and_batch(output, False)
-    h0_address, c0_address = h0.data_ptr(), c0.data_ptr()
+    x_address, x_strides = _address(x), _time_and_batch(x, batch_first)
+    out_address, out_strides = 0, (0, 0)
+    if output is not None:
+        output = _rows(output)
+        out_address, out_strides = _address(output), _time_and_batch(output, False)
+    h0_address, c0_address = _address(h0), _address(c0)
     h0_step, c0_step = (h0.stride(0) * size, c0.stride(0) * size) if directions > 1 else (0, 0)
-    c_address, c_strides = c.data_ptr(), _time_and_batch(c, False)
-    activations_address = activations.data_ptr()
+    c_address, c_strides = _address(c), _time_and_batch(c, False)
+    activations_address = _address(activations)
     gh0_address, gc0_address = grad_h0.data_ptr(), grad_c0.data_ptr()
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
     structures = b""
     for d, (ih, hh, bias_ih, bias_hh, hr) in enumerate(weights):
-        ih, hh = ih.contiguous(), hh.contiguous()
-        hr = None if hr is None else hr.contiguous()
+        ih, hh, hr = _with_memory(ih).contiguous(), _with_memory(hh).contiguous(), _dense(hr)
         tail, pointed_to = _modifiers(modifiers[d], packed, dtype)
         alive += [ih, hh, hr, *pointed_to]
         part, cells_part = d * features * size, d * hidden * size
@@ -660,10 +676,10 @@ def layer_backward(
             *c_strides,
             x_address,
             *x_strides,
-            out_address + part,
+            out_address and out_address + part,
             *out_strides,
-            ih.data_ptr(),
-            hh.data_ptr(),
+            _address(ih),
+            _address(hh),
             _address(hr),
             h0_address + d * h0_step,
             h0.stride(-2),

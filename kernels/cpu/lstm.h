@@ -87,7 +87,7 @@ struct LstmBackward {
   LstmSequence activations;  // in  [T, B, 4H], as the forward pass left them
   LstmSequence c;            // in  [T, B, H], likewise
   LstmSequence x;            // in  [T, B, I], or null
-  LstmSequence h;            // in  [T, B, P], or null where grad_weight_hh is not wanted
+  LstmSequence h;            // in  [T, B, P], or null where T is 1 or grad_weight_hh is not wanted
   const void *weight_ih;     // in  [4H, I], or null where grad_x is not wanted
   const void *weight_hh;     // in  [4H, P]
   const void *weight_hr;     // in  [P, H] or null

@@ -26,14 +26,15 @@ _PLAIN_FORWARD, _PLAIN_BACKWARD = (
     struct.Struct(f"{fields.format}{_MODIFIERS.size}x") for fields in (_FORWARD, _BACKWARD)
 )
 
+_NO_WEIGHTS = [0] * 4
 
-def _at(tensor: Tensor | None, offset: int = 0) -> int:
-    """Address of what is `offset` bytes into a tensor, or null."""
-    return 0 if tensor is None else tensor.data_ptr() + offset
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class PlainLayers:
-    """Layers without projection, packing and modifiers, for contiguous tensors of known sizes.
+    """Layers without projection, packing and modifiers, for tensors of known sizes.
 
     The tensors of its calls are
 
@@ -43,11 +44,12 @@ class PlainLayers:
             layer [4H, D·H]), weight_hh [4H, H], bias_ih [4H] and bias_hh [4H], or None for these
             two,
 
-    all contiguous, on the CPU and of one dtype. The callers have checked it: other tensors would be
-    read or written beyond their ends.
+    all on the CPU and of one dtype, and all but x contiguous. The callers have checked it: other
+    tensors would be read or written beyond their ends.
 
     Args:
         shape: of x; no dimension is empty.
+        strides: of x, whose features are contiguous.
         hidden_size: H.
         num_layers: L; 1 for a cell.
         directions: D; 1 for a cell.
@@ -60,11 +62,13 @@ class PlainLayers:
         weights: shapes of the weights.
         num_layers: L.
         directions: D.
+        cell: whether it is a cell.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
+        strides: Sequence[int],
         hidden_size: int,
         num_layers: int,
         directions: int,
@@ -75,10 +79,11 @@ class PlainLayers:
         *leading, inputs = shape
         cell = len(leading) == 1
         steps, batch = (1, *leading)[-2:]
-        x_strides = batch * inputs, inputs
+        # Of time and batch.
+        x_strides, grad_x_strides = (0, *strides[:-1])[-2:], (batch * inputs, inputs)
         if batch_first:
             steps, batch = batch, steps
-            x_strides = inputs, steps * inputs
+            x_strides, grad_x_strides = x_strides[::-1], grad_x_strides[::-1]
         rows, gates, features = steps * batch, 4 * hidden_size, directions * hidden_size
         self.num_layers, self.directions = num_layers, directions
         self.state: tuple[int, ...] = (num_layers * directions, batch, hidden_size)
@@ -89,7 +94,8 @@ class PlainLayers:
         self.weights: list[tuple[int, ...] | None] = []
         for width in (inputs, *[features] * (num_layers - 1)):
             self.weights += [(gates, width), (gates, hidden_size), vector, vector] * directions
-        self._x, self._cell, self._hidden = tuple(shape), cell, hidden_size
+        self._x, self._strides = tuple(shape), tuple(strides)
+        self.cell, self._hidden = cell, hidden_size
         self._dtype, self._kind = dtype, DTYPES[dtype]
         # Each direction's activations of all rows, and then its cell states.
         self._saved = (directions, rows * (gates + hidden_size))
@@ -104,6 +110,14 @@ class PlainLayers:
         ]
         self._output_strides = batch * features, features
         self._x_strides = [x_strides, *[self._output_strides] * (num_layers - 1)]
+        self._grad_x_strides = [grad_x_strides, *[self._output_strides] * (num_layers - 1)]
+        # Of a backward pass, which does not look at the biases.
+        self._expected = (
+            *(self._x, self.state, self.state),
+            *[shape if k % 4 < 2 else None for k, shape in enumerate(self.weights)],
+            *[self._output] * (0 if cell else num_layers),
+            *[self._saved] * num_layers,
+        )
         self._gates_strides = batch * gates, gates
         self._c_strides = batch * hidden_size, hidden_size
 
@@ -134,10 +148,11 @@ class PlainLayers:
         """
         new, hidden = x.new_empty, self._hidden
         h_n, c_n = new(*self.state), new(*self.state)
+        h_n_at, c_n_at, h0_at, c0_at = h_n.data_ptr(), c_n.data_ptr(), _at(h0), _at(c0)
         run, threads = load().forward, torch.get_num_threads()
         outputs, saved, state, k = [], [], 0, 0
         for sizes_by_direction, x_strides in zip(self._sizes, self._x_strides, strict=True):
-            output = h_n if self._cell else new(*self._output)
+            output = h_n if self.cell else new(*self._output)
             x_at, output_at, activations, c = x.data_ptr(), output.data_ptr(), 0, 0
             if save:
                 buffer = new(*self._saved)
@@ -158,9 +173,9 @@ class PlainLayers:
                     _at(weights[k + 3]),
                     _at(weights[k + 1]),
                     0,
-                    _at(h0, state),
+                    h0_at and h0_at + state,
                     hidden,
-                    _at(c0, state),
+                    c0_at and c0_at + state,
                     hidden,
                     output_at,
                     *self._output_strides,
@@ -168,9 +183,9 @@ class PlainLayers:
                     *self._c_strides,
                     activations,
                     *self._gates_strides,
-                    _at(h_n, state),
+                    h_n_at + state,
                     hidden,
-                    _at(c_n, state),
+                    c_n_at + state,
                     hidden,
                 )
                 k, state, output_at = k + 4, state + self._state_bytes, output_at + self._row_bytes
@@ -183,31 +198,32 @@ class PlainLayers:
             x = output
         return outputs, h_n, c_n, saved
 
-    def fits(
-        self,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Sequence[Tensor | None],
-        outputs: Sequence[Tensor],
-        saved: Sequence[Tensor],
-    ) -> bool:
-        """Whether tensors that were saved for `backward` are still what they were.
+    def fits(self, *tensors: Tensor | None) -> bool:
+        """Whether what was saved for `backward` is still what it was.
 
-        They need not be: hooks on saved tensors bring back what they like, and a parameter may have
+        It need not be: hooks on saved tensors bring back what they like, and a parameter may have
         been given other memory (`.data`).
+
+        Args:
+            *tensors: x, h0, c0, the weights, the outputs (not of a cell), and what was saved.
         """
-        shapes = [self._x, self.state, self.state, *self.weights]
-        shapes += [self._output] * self.num_layers + [self._saved] * self.num_layers
-        for tensor, shape in zip((x, h0, c0, *weights, *outputs, *saved), shapes, strict=True):
-            if tensor is not None and not (
-                tensor.shape == shape
-                and tensor.dtype is self._dtype
-                and tensor.is_cpu
-                and tensor.is_contiguous()
+        for tensor, shape in zip(tensors, self._expected, strict=True):
+            if (
+                tensor is not None
+                and shape is not None
+                and not (
+                    tensor.shape == shape
+                    and tensor.dtype is self._dtype
+                    and tensor.is_cpu
+                    and (tensor.is_contiguous() or tensor is tensors[0])
+                    and not tensor.is_neg()
+                    # Without memory are fakes, too, and other subclasses.
+                    and tensor.data_ptr()
+                )
             ):
                 return False
-        return True
+        x = tensors[0]
+        return x is not None and x.stride() == self._strides
 
     def backward(
         self,
@@ -233,8 +249,8 @@ class PlainLayers:
             h0: see the class.
             c0: see the class.
             weights: see the class.
-            outputs: as the forward pass returned them.
-            saved: likewise.
+            outputs: as the forward pass returned them; of a cell none are needed.
+            saved: as the forward pass returned it.
             needed: which gradients are wanted: of x, h0, c0 and each of the weights.
 
         Returns:
@@ -246,13 +262,16 @@ class PlainLayers:
         """
         new, hidden = x.new_empty, self._hidden
         of_x, of_h0, of_c0, *of_weights = needed
-        each = 4 * self.directions
-        want_weights = [any(of_weights[k : k + each]) for k in range(0, len(of_weights), each)]
-        lowest = 0 if of_x or of_h0 or of_c0 else want_weights.index(True)
+        each, lowest = 4 * self.directions, 0
+        # Below the lowest weights that want a gradient nothing is differentiated.
+        if not (of_x or of_h0 or of_c0):
+            lowest = of_weights.index(True) // each
         grad_h0 = new(*self.state) if of_h0 else None
         grad_c0 = new(*self.state) if of_c0 else None
         grad_h_n = None if grad_h_n is None else grad_h_n.contiguous()
         grad_c_n = None if grad_c_n is None else grad_c_n.contiguous()
+        h0_at, c0_at, grad_h0_at, grad_c0_at = _at(h0), _at(c0), _at(grad_h0), _at(grad_c0)
+        grad_h_n_at, grad_c_n_at = _at(grad_h_n), _at(grad_c_n)
         strides = self._output_strides
         if grad_output is not None and not grad_output.is_contiguous():
             grad_output = _rows(grad_output)
@@ -260,24 +279,23 @@ class PlainLayers:
         grad_weights: list[Tensor | None] = [None] * len(weights)
         run, threads = load().backward, torch.get_num_threads()
         for layer in reversed(range(lowest, self.num_layers)):
-            own_x = outputs[layer - 1] if layer else x
-            x_at, x_strides = own_x.data_ptr(), self._x_strides[layer]
+            own_x, own_shape = (outputs[layer - 1], self._output) if layer else (x, self._x)
+            x_at, output_at = own_x.data_ptr(), 0 if self.cell else outputs[layer].data_ptr()
+            activations, grad_output_at = saved[layer].data_ptr(), _at(grad_output)
+            want_weights = any(of_weights[each * layer : each * layer + each])
             grad_inputs: list[Tensor] = []
             structures = b""
             for d, sizes in enumerate(self._sizes[layer]):
-                recurrence = layer * self.directions + d
-                state, row = recurrence * self._state_bytes, d * self._row_bytes
-                k = 4 * recurrence
-                if want_weights[layer]:
-                    grad_weights[k : k + 4] = [
-                        None if shape is None else new(*shape) for shape in self.weights[k : k + 4]
-                    ]
-                grad_x_at = 0
+                recurrence, row = layer * self.directions + d, d * self._row_bytes
+                state, k = recurrence * self._state_bytes, 4 * recurrence
+                grad_x_at, grad_weights_at = 0, _NO_WEIGHTS
                 if of_x or layer > lowest:
-                    grad_inputs.append(new(*own_x.shape))
+                    grad_inputs.append(new(*own_shape))
                     grad_x_at = grad_inputs[d].data_ptr()
-                activations = saved[layer].data_ptr() + d * self._saved_bytes
-                grad_ih, grad_hh, grad_bias_ih, grad_bias_hh = grad_weights[k : k + 4]
+                if want_weights:
+                    own = [shape and new(*shape) for shape in self.weights[k : k + 4]]
+                    grad_weights[k : k + 4] = own
+                    grad_weights_at = [_at(grad) for grad in own]
                 structures += _PLAIN_BACKWARD.pack(
                     *sizes,
                     activations,
@@ -285,24 +303,24 @@ class PlainLayers:
                     activations + self._activations_bytes,
                     *self._c_strides,
                     x_at,
-                    *x_strides,
-                    outputs[layer].data_ptr() + row,
+                    *self._x_strides[layer],
+                    output_at and output_at + row,
                     *self._output_strides,
                     _at(weights[k]),
                     _at(weights[k + 1]),
                     0,
-                    _at(h0, state),
+                    h0_at and h0_at + state,
                     hidden,
-                    _at(c0, state),
+                    c0_at and c0_at + state,
                     hidden,
-                    _at(grad_output, row),
+                    grad_output_at and grad_output_at + row,
                     *strides,
                     0,
                     0,
                     0,
-                    _at(grad_h_n, state),
+                    grad_h_n_at and grad_h_n_at + state,
                     hidden,
-                    _at(grad_c_n, state),
+                    grad_c_n_at and grad_c_n_at + state,
                     hidden,
                     0,
                     0,
@@ -311,17 +329,15 @@ class PlainLayers:
                     0,
                     0,
                     grad_x_at,
-                    *x_strides,
-                    _at(grad_ih),
-                    _at(grad_hh),
-                    _at(grad_bias_ih),
-                    _at(grad_bias_hh),
+                    *self._grad_x_strides[layer],
+                    *grad_weights_at,
                     0,
-                    _at(grad_h0, state),
+                    grad_h0_at and grad_h0_at + state,
                     hidden,
-                    _at(grad_c0, state),
+                    grad_c0_at and grad_c0_at + state,
                     hidden,
                 )
+                activations += self._saved_bytes
             status = run(structures, self.directions, self._kind, threads, launch._instruction_set)
             if status:
                 _check(status, "backward")

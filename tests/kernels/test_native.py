@@ -688,7 +688,12 @@ def test_cell(dtype, bias, B, I, H):  # noqa: E741
     torch.testing.assert_close(unsaved.output, whole.h_n[0])
 
 
-def plain_inputs(dtype, T, B, I, H, L=1, D=1, bias=True, batch_first=False, cell=False):  # noqa: E741
+def strided(t):
+    """The same numbers, not contiguous where there is more than one of them."""
+    return t.repeat_interleave(2, -2)[..., ::2, :]
+
+
+def plain_inputs(dtype, T, B, I, H, L=1, D=1, bias=True, **layout):  # noqa: E741
     """x, h0, c0, the weights of each layer and direction, and gradients of the results."""
     cases = [Layer(T, B, width, H, 0, D, bias) for width in (I, *[D * H] * (L - 1))]
     inputs, grads = layer_inputs(cases[0])
@@ -697,11 +702,11 @@ def plain_inputs(dtype, T, B, I, H, L=1, D=1, bias=True, batch_first=False, cell
         weights = weights + layer_inputs(case, seed=k + 1)[0][3]
     h0, c0, *states = (torch.randn(L * D, B, H) for _ in range(4))
     x, h0, c0, weights, grads = convert((x, h0, c0, weights, [grads[0], *states]), dtype)
-    if batch_first:
+    if layout.get("batch_first"):
         x = x.transpose(0, 1).contiguous()
-    if cell:
+    if layout.get("cell"):
         x, h0, c0, grads = x[0], h0[0], c0[0], [None, grads[1][0], grads[2][0]]
-    return x, h0, c0, weights, grads
+    return strided(x) if layout.get("strided") else x, h0, c0, weights, grads
 
 
 def general_layers(x, h0, c0, weights, grads, D, batch_first, want_input=True):
@@ -727,11 +732,6 @@ def general_layers(x, h0, c0, weights, grads, D, batch_first, want_input=True):
     return (x, h_n, c_n), (grad, grad_h0, grad_c0, *of_weights)
 
 
-def strided(t):
-    """The same numbers, not contiguous where there is more than one of them."""
-    return t.repeat_interleave(2, -2)[..., ::2, :]
-
-
 KINDS = {
     "layer": {},
     "no-bias": {"bias": False},
@@ -740,7 +740,9 @@ KINDS = {
     "cell-no-bias": {"cell": True, "bias": False},
     "bidirectional": {"D": 2},
     "stacked": {"L": 3},
-    "everything": {"L": 2, "D": 2, "batch_first": True},
+    "strided": {"strided": True},
+    "strided-cell": {"strided": True, "cell": True},
+    "everything": {"L": 2, "D": 2, "batch_first": True, "strided": True},
 }
 
 
@@ -756,7 +758,8 @@ def test_plain_layers_are_the_general_ones(dtype, states, kind, T, B, I, H):  # 
         h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
     given = (h0, c0) if states else (None, None)
     flat = [w for own in weights for w in own[:4]]
-    layers = PlainLayers(x.shape, H, L, D, kind.get("bias", True), batch_first, dtype)
+    sizes = (H, L, D, kind.get("bias", True), batch_first, dtype)
+    layers = PlainLayers(x.shape, x.stride(), *sizes)
     assert [None if w is None else w.shape for w in flat] == layers.weights
     assert layers.state == h0.shape
     for context in every_setting():
@@ -768,7 +771,8 @@ def test_plain_layers_are_the_general_ones(dtype, states, kind, T, B, I, H):  # 
                 for a, b in zip(actual, results, strict=True):
                     assert torch.equal(a, b)
             assert unsaved[3] == []
-            assert layers.fits(x, *given, flat, outputs, saved)
+            kept = [] if kind.get("cell") else outputs
+            assert layers.fits(x, *given, *flat, *kept, *saved)
             for of_x, of_h0, of_c0 in itertools.product([False, True], repeat=3):
                 needed = [of_x, of_h0 and states, of_c0 and states, *[w is not None for w in flat]]
                 for arrange in (list, lambda ts: [t if t is None else strided(t) for t in ts]):
@@ -787,7 +791,7 @@ def test_plain_layers_without_some_gradients(dtype, D):
     """Of the results, and of what lies below the lowest weights that want one."""
     x, h0, c0, weights, grads = plain_inputs(dtype, 5, 3, 4, 6, L=3, D=D)
     flat = [w for own in weights for w in own[:4]]
-    layers = PlainLayers(x.shape, 6, 3, D, True, False, dtype)
+    layers = PlainLayers(x.shape, x.stride(), 6, 3, D, True, False, dtype)
     outputs, _, _, saved = layers.forward(x, h0, c0, flat, True)
     everything = [True] * (3 + len(flat))
     for given in itertools.product([False, True], repeat=3):
@@ -806,23 +810,21 @@ def test_plain_layers_without_some_gradients(dtype, D):
 def test_plain_layers_know_tensors_that_do_not_fit(dtype):
     x, h0, c0, weights, _ = plain_inputs(dtype, 5, 3, 4, 6, L=2)
     flat = [w for own in weights for w in own[:4]]
-    layers = PlainLayers(x.shape, 6, 2, 1, True, False, dtype)
+    layers = PlainLayers(x.shape, x.stride(), 6, 2, 1, True, False, dtype)
     outputs, _, _, saved = layers.forward(x, h0, c0, flat, True)
 
-    def fit(tensors):
-        x, h0, c0, *rest = tensors
-        return layers.fits(x, h0, c0, rest[:8], rest[8:10], rest[10:])
-
     right = [x, h0, c0, *flat, *outputs, *saved]
-    assert fit(right)
+    assert layers.fits(*right)
     for k, tensor in enumerate(right):
+        if k < 3 + len(flat) and tensor.dim() == 1:
+            continue  # a bias, which no gradient depends on
         for wrong in (
             tensor[..., :-1],
             tensor.half(),
             torch.stack([tensor, tensor], -1)[..., 0],
             tensor.to("meta"),
         ):
-            assert not fit([*right[:k], wrong, *right[k + 1 :]])
+            assert not layers.fits(*right[:k], wrong, *right[k + 1 :])
 
 
 @dtypes
