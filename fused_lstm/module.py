@@ -482,7 +482,9 @@ class LSTMCell(nn.LSTMCell):
         # They are taken by position: one that was taken out and put back is the last.
         if type(input) is Tensor and input.dim() == 2 and tuple(parameters) == _WEIGHTS_OF_A_CELL:
             # What a stream of single steps looks like.
-            given = [weight for weight in parameters.values() if weight is not None]
+            given: tuple[Any, ...] = tuple(parameters.values())
+            if given[2] is given[3] is None:
+                given = given[:2]
             result = plain_layers(
                 input,
                 hx,
