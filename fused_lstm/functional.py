@@ -152,10 +152,6 @@ def lstm(
         check_tensors(input, hx, weights, batch_sizes, batch_first, states)
         groups = _by_direction(weights, bias, states)
     first = batch_first and batch_sizes is None
-    if native and num_layers == 1 and not additions:
-        # For a single step the microseconds of what follows count.
-        x, h_n, c_n, _ = native_layer(x, *hx, groups, batch_sizes, PLAIN, first)
-        return (x.transpose(0, 1) if first else x), h_n, c_n
     stack = _Stack(num_layers, directions, dropout, training, regularization, lengths, resets)
     if states > 1 and not native and transform != "compile":
         transform = transform or recording_under_way((input, *hx, *weights))

@@ -139,8 +139,8 @@ class PlainLayers:
             save: whether `backward` will be called.
 
         Returns:
-            The output of each layer, [T, B, D·H] (of a cell h_n); h_n and c_n, shaped as h0; and,
-            if `save`, for each layer what `backward` is to be given.
+            The output of each layer if `save`, else of the last, [T, B, D·H] (of a cell h_n); h_n
+            and c_n, shaped as h0; and, if `save`, for each layer what `backward` is to be given.
 
         Raises:
             LibraryUnavailableError: if there is no native library.
@@ -194,6 +194,8 @@ class PlainLayers:
             status = run(structures, self.directions, self._kind, threads, launch._instruction_set)
             if status:
                 _check(status, "forward")
+            if not save:
+                outputs.clear()
             outputs.append(output)
             x = output
         return outputs, h_n, c_n, saved
