@@ -18,7 +18,7 @@ from fused_lstm.backends import Problem
 from fused_lstm.backends.aten import UNTRACEABLE, AtenBackend
 from fused_lstm.backends.native import NativeBackend
 from fused_lstm.checks import check_cell, check_sequences, check_tensors, check_weights, fit
-from fused_lstm.devices import DeviceDescription, autocast_is_on, device_of, precision_of
+from fused_lstm.devices import autocast_is_on, device_of, precision_of
 from fused_lstm.errors import BackendUnavailableError
 from fused_lstm.layer import (
     PLAIN,
@@ -183,33 +183,6 @@ def _additions(
 
 # Backends that compute whole layers, and None: the choice may fall on one of them.
 _WHOLE_LAYERS = (None, NativeBackend.name, AtenBackend.name)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose_for_cell(
-    device: DeviceDescription,
-    dtype: torch.dtype,
-    batch: int,
-    hidden_size: int,
-    training: bool,
-    autocast: bool,
-    transform: str,
-    name: str | None,
-) -> str:
-    """Choose the backend of one step; the arguments are those of a Problem."""
-    problem = Problem(
-        device,
-        dtype,
-        1,
-        batch,
-        hidden_size,
-        training=training,
-        autocast=autocast,
-        whole_layers=True,
-        transform=transform,
-        cell=True,
-    )
-    return backends.select_backend(problem, name)
 
 
 def input_dtype(input: Tensor, device_type: str) -> torch.dtype:
@@ -499,16 +472,19 @@ def lstm_cell(
             transform = transform or recording_under_way((input, *hx, *weights))
             device = device_of(input)
             autocast = autocast_is_on(device.type)
-            chosen = _choose_for_cell(
+            problem = Problem(
                 device,
                 torch.get_autocast_dtype(device.type) if autocast else input.dtype,
+                1,
                 input.shape[0],
                 weight_hh.shape[1],
-                torch.is_grad_enabled(),
-                autocast,
-                transform,
-                name,
+                training=torch.is_grad_enabled(),
+                autocast=autocast,
+                whole_layers=True,
+                transform=transform,
+                cell=True,
             )
+            chosen = backends.select_backend(problem, name)
             if chosen == AtenBackend.name:
                 return torch._VF.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
             if chosen == NativeBackend.name and not transform:

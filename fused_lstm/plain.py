@@ -29,6 +29,7 @@ from fused_lstm.recurrence import (
     differentiable_gradients,
     no_entry_for_compilers,
     readable,
+    recording_under_way,
     transform_under_way,
 )
 
@@ -70,8 +71,7 @@ def plain_layers(
     """
     if (
         transform_under_way()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
+        or recording_under_way(())
         or torch._C._is_any_autocast_enabled()
         # What is remembered is found again by equality, and 4.0 equals 4.
         or not (type(input_size) is type(hidden_size) is type(num_layers) is int)

@@ -591,7 +591,7 @@ def test_saved_tensor_hooks_and_checkpoints():
     assert_same(torch.autograd.grad(loss, weights), expected)
 
 
-# How a layer comes to a kernel, and the results of each.
+# How layers come to a kernel: for each way a layer, and what a call of it is given.
 WAYS = {
     "plain": lambda: (make_layer(), {}),
     "stacked": lambda: (make_layer(num_layers=2, bidirectional=True), {}),

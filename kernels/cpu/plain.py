@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .launch import _BACKWARD, _FORWARD, _MODIFIERS, DTYPES, _check, _rows, _time_and_batch
+from .launch import (
+    _BACKWARD,
+    _FORWARD,
+    _MODIFIERS,
+    DTYPES,
+    _address,
+    _check,
+    _rows,
+    _time_and_batch,
+)
 from .library import load
 
 __all__ = ["PlainLayers"]
@@ -27,10 +36,6 @@ _PLAIN_FORWARD, _PLAIN_BACKWARD = (
 )
 
 _NO_WEIGHTS = [0] * 4
-
-
-def _at(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class PlainLayers:
@@ -90,9 +95,10 @@ class PlainLayers:
         self._output: tuple[int, ...] = (steps, batch, features)
         if cell:
             self.state = self._output = (batch, hidden_size)
+        widths = (inputs, *[features] * (num_layers - 1))
         vector = (gates,) if bias else None
         self.weights: list[tuple[int, ...] | None] = []
-        for width in (inputs, *[features] * (num_layers - 1)):
+        for width in widths:
             self.weights += [(gates, width), (gates, hidden_size), vector, vector] * directions
         self._x, self._strides = tuple(shape), tuple(strides)
         self.cell, self._hidden = cell, hidden_size
@@ -106,7 +112,7 @@ class PlainLayers:
         # The fields of the structures in lstm.h that are no address: sizes, then strides.
         self._sizes = [
             [(steps, batch, width, hidden_size, hidden_size, d, 0) for d in range(directions)]
-            for width in (inputs, *[features] * (num_layers - 1))
+            for width in widths
         ]
         self._output_strides = batch * features, features
         self._x_strides = [x_strides, *[self._output_strides] * (num_layers - 1)]
@@ -148,7 +154,7 @@ class PlainLayers:
         """
         new, hidden = x.new_empty, self._hidden
         h_n, c_n = new(*self.state), new(*self.state)
-        h_n_at, c_n_at, h0_at, c0_at = h_n.data_ptr(), c_n.data_ptr(), _at(h0), _at(c0)
+        h_n_at, c_n_at, h0_at, c0_at = h_n.data_ptr(), c_n.data_ptr(), _address(h0), _address(c0)
         run, threads = load().forward, torch.get_num_threads()
         outputs, saved, state, k = [], [], 0, 0
         for sizes_by_direction, x_strides in zip(self._sizes, self._x_strides, strict=True):
@@ -168,10 +174,10 @@ class PlainLayers:
                     0,
                     x_at,
                     *x_strides,
-                    _at(weights[k]),
-                    _at(weights[k + 2]),
-                    _at(weights[k + 3]),
-                    _at(weights[k + 1]),
+                    _address(weights[k]),
+                    _address(weights[k + 2]),
+                    _address(weights[k + 3]),
+                    _address(weights[k + 1]),
                     0,
                     h0_at and h0_at + state,
                     hidden,
@@ -272,8 +278,13 @@ class PlainLayers:
         grad_c0 = new(*self.state) if of_c0 else None
         grad_h_n = None if grad_h_n is None else grad_h_n.contiguous()
         grad_c_n = None if grad_c_n is None else grad_c_n.contiguous()
-        h0_at, c0_at, grad_h0_at, grad_c0_at = _at(h0), _at(c0), _at(grad_h0), _at(grad_c0)
-        grad_h_n_at, grad_c_n_at = _at(grad_h_n), _at(grad_c_n)
+        h0_at, c0_at, grad_h0_at, grad_c0_at = (
+            _address(h0),
+            _address(c0),
+            _address(grad_h0),
+            _address(grad_c0),
+        )
+        grad_h_n_at, grad_c_n_at = _address(grad_h_n), _address(grad_c_n)
         strides = self._output_strides
         if grad_output is not None and not grad_output.is_contiguous():
             grad_output = _rows(grad_output)
@@ -283,7 +294,7 @@ class PlainLayers:
         for layer in reversed(range(lowest, self.num_layers)):
             own_x, own_shape = (outputs[layer - 1], self._output) if layer else (x, self._x)
             x_at, output_at = own_x.data_ptr(), 0 if self.cell else outputs[layer].data_ptr()
-            activations, grad_output_at = saved[layer].data_ptr(), _at(grad_output)
+            activations, grad_output_at = saved[layer].data_ptr(), _address(grad_output)
             want_weights = any(of_weights[each * layer : each * layer + each])
             grad_inputs: list[Tensor] = []
             structures = b""
@@ -297,7 +308,7 @@ class PlainLayers:
                 if want_weights:
                     own = [shape and new(*shape) for shape in self.weights[k : k + 4]]
                     grad_weights[k : k + 4] = own
-                    grad_weights_at = [_at(grad) for grad in own]
+                    grad_weights_at = [_address(grad) for grad in own]
                 structures += _PLAIN_BACKWARD.pack(
                     *sizes,
                     activations,
@@ -308,8 +319,8 @@ class PlainLayers:
                     *self._x_strides[layer],
                     output_at and output_at + row,
                     *self._output_strides,
-                    _at(weights[k]),
-                    _at(weights[k + 1]),
+                    _address(weights[k]),
+                    _address(weights[k + 1]),
                     0,
                     h0_at and h0_at + state,
                     hidden,
