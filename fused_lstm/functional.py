@@ -32,14 +32,10 @@ from fused_lstm.modifiers import (
     Modifiers,
     check_length_values,
 )
-from fused_lstm.recurrence import (
-    no_entry_for_compilers,
-    recording_under_way,
-    transform_under_way,
-)
 from fused_lstm.reference import check_batch_sizes
 from fused_lstm.regularization import NO_REGULARIZATION, Regularization
 from fused_lstm.stack import Stack, kept_by_dropout, run_stack
+from fused_lstm.transforms import no_entry_for_compilers, recording_under_way, transform_under_way
 
 __all__ = ["Normalization", "input_dtype", "layers_problem", "lstm", "lstm_cell"]
 

@@ -23,13 +23,9 @@ from fused_lstm.layer_norm_recurrence import layer_norm_recurrence
 from fused_lstm.layer_norm_reference import LayerNorm
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.ops import autocast_off
-from fused_lstm.recurrence import (
-    PLAIN_TENSORS,
-    differentiable_gradients,
-    readable,
-    recurrence,
-)
+from fused_lstm.recurrence import differentiable_gradients, recurrence
 from fused_lstm.reference import state_dtype
+from fused_lstm.transforms import PLAIN_TENSORS, readable
 
 __all__ = [
     "PLAIN",

@@ -16,15 +16,9 @@ from fused_lstm import backends, ops
 from fused_lstm.backends import LayerNormBackwardArguments, LayerNormForwardArguments
 from fused_lstm.layer_norm_reference import LayerNorm, layer_norm_forward, normalize
 from fused_lstm.modifiers import Modifiers, check_length_values, check_modifiers
-from fused_lstm.recurrence import (
-    differentiable_gradients,
-    product_operand,
-    readable,
-    recording_under_way,
-    sum_of_outer_products,
-    transform_under_way,
-)
+from fused_lstm.recurrence import differentiable_gradients, product_operand, sum_of_outer_products
 from fused_lstm.reference import LSTMOutput, new_cells
+from fused_lstm.transforms import readable, recording_under_way, transform_under_way
 
 __all__ = ["LayerNormRecurrenceFunction", "layer_norm_recurrence"]
 

@@ -17,7 +17,6 @@ from fused_lstm import functional
 from fused_lstm.backends import check_name
 from fused_lstm.modifiers import check_clip
 from fused_lstm.plain import plain_layers
-from fused_lstm.recurrence import transform_under_way
 from fused_lstm.regularization import (
     NO_REGULARIZATION,
     Regularization,
@@ -26,6 +25,7 @@ from fused_lstm.regularization import (
     check_zoneout,
 )
 from fused_lstm.sequences import Lengths, as_lengths, as_packed_resets, as_resets
+from fused_lstm.transforms import transform_under_way
 
 __all__ = ["LSTM", "LSTMCell"]
 

@@ -24,9 +24,9 @@ from fused_lstm.backends.native import NativeBackend
 from fused_lstm.devices import describe_device
 from fused_lstm.layer import composed_layer, grouped, native_kernels
 from fused_lstm.ops import autocast_off
-from fused_lstm.recurrence import (
+from fused_lstm.recurrence import differentiable_gradients
+from fused_lstm.transforms import (
     PLAIN_TENSORS,
-    differentiable_gradients,
     no_entry_for_compilers,
     readable,
     recording_under_way,

@@ -9,30 +9,25 @@ projection), `N` rows of a packed batch (the sum of `batch_sizes`). Gate order i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fused_lstm import backends, ops, reference
 from fused_lstm.devices import upload
 from fused_lstm.modifiers import Modifiers, check_modifiers
 from fused_lstm.reference import LSTMOutput, RecurrenceForward, check_batch_sizes
+from fused_lstm.transforms import transform_under_way
 
 __all__ = [
-    "PLAIN_TENSORS",
     "LSTMOutput",
     "LSTMRecurrenceFunction",
     "differentiable_gradients",
     "lstm_recurrence",
-    "no_entry_for_compilers",
     "product_operand",
-    "readable",
-    "recording_under_way",
     "sum_of_outer_products",
-    "transform_under_way",
     "weight_hh_gradient",
 ]
 
@@ -169,72 +164,6 @@ def recurrence(
         )
     h, c, _, h_n, c_n = outputs
     return LSTMOutput(h, c, h_n, c_n)
-
-
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def no_entry_for_compilers(function: Function) -> Function:
-    """Keep `torch.compile` from starting at `function`; it may still go through it.
-
-    The compiler stops at every RNN module (unless `torch._dynamo.config.allow_rnn`), runs it
-    uncompiled, and would begin again at the first plain function below it. Run uncompiled, that
-    function has PyTorch's fused operator to choose from; compiled, it has not.
-    `torch.compiler.disable` would do more: it stops the compiler in a whole program, too.
-    """
-    eval_frame = torch._C._dynamo.eval_frame
-    try:
-        skip = eval_frame._FrameAction.SKIP
-        strategy = eval_frame._FrameExecStrategy(skip, skip)
-        eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    except AttributeError:
-        # A torch that has no such thing is only slower, in models compiled around the layer.
-        return function
-    return function
-
-
-def transform_under_way() -> str:
-    """Name what is looking at the computation: "compile", "vmap", "jvp", or "" for nothing."""
-    if torch.compiler.is_compiling():
-        return "compile"
-    if torch._C._are_functorch_transforms_active():
-        return "vmap"
-    if forward_ad._current_level >= 0:
-        return "jvp"
-    return ""
-
-
-# A kernel can read the memory of these classes alone.
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-
-
-def recording_under_way(tensors: Iterable[Tensor | None]) -> str:
-    """Name what wants to see PyTorch's operators: "trace", "modes" or "" for nothing.
-
-    Modes are of `torch.utils._python_dispatch` (fake tensors, counters, `make_fx`); subclasses of
-    Tensor count as one, because they may have no memory of their own, and so do lazy negations and
-    zeros without memory.
-    """
-    if torch._C._is_tracing():
-        return "trace"
-    if torch._C._len_torch_dispatch_stack():
-        return "modes"
-    # A loop: a generator expression takes half as long again, at every call of every layer.
-    for t in tensors:
-        if t is not None and (type(t) not in PLAIN_TENSORS or t.is_neg() or t._is_zerotensor()):
-            return "modes"
-    return ""
-
-
-def readable(grad: Tensor | None) -> bool:
-    """Whether a kernel can read a gradient: not where it stands for a batch of them, or others."""
-    return grad is None or (
-        type(grad) is Tensor
-        and not grad.is_neg()
-        and not grad._is_zerotensor()
-        and not torch._C._functorch.is_legacy_batchedtensor(grad)
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def differentiable_gradients(

@@ -32,8 +32,9 @@ from fused_lstm.devices import input_precision
 from fused_lstm.layer import DirectionWeights, composed_layer, grouped, within_lengths
 from fused_lstm.modifiers import NO_MODIFIERS, Modifiers
 from fused_lstm.ops import autocast_off
-from fused_lstm.recurrence import differentiable_gradients, readable, weight_hh_gradient
+from fused_lstm.recurrence import differentiable_gradients, weight_hh_gradient
 from fused_lstm.reference import RecurrenceForward, state_dtype
+from fused_lstm.transforms import readable
 from fused_lstm.wavefront import TOGETHER, Piece, chunk_lengths, schedule
 
 __all__ = ["LSTMStackFunction", "Stack", "kept_by_dropout", "launches", "run_stack"]
