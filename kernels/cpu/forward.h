@@ -67,6 +67,8 @@ struct ForwardPlan {
 constexpr int64_t kStagedRows = 96;
 // Rows of a member from which on x enters with h, step by step, if its weights stay in the cache.
 constexpr int64_t kFusedRows = 4;
+// Rows of a block that are computed at once from weights as they are.
+constexpr int64_t kDirectRows = 16;
 // A single step is never staged, and a stage holds at least one step.
 static_assert(kFusedRows <= kRowsOfAGroup && kFusedRows <= kPackedRows && kFusedRows <= kStagedRows,
               "see above");
@@ -289,7 +291,9 @@ class ForwardMember : protected Member {
     const int64_t active = timeline_.active(k);
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       if (!plan_.panels) {
-        for (int64_t place = 0; place < active; ++place) direct_tile(k, place, block);
+        for (int64_t place = 0; place < active; place += kDirectRows) {
+          direct_tile(k, place, min(kDirectRows, active - place), block);
+        }
         continue;
       }
       if (plan_.packs_late) pack(block);
@@ -347,44 +351,83 @@ class ForwardMember : protected Member {
     if (source_ != kNone) finish_cells(cells, k, place, count, unit, left);
   }
 
-  // One row of the same from weights as they are, as dot products: where there are too few rows in
-  // all to repay packing.
-  NOINLINE void direct_tile(int64_t k, int64_t place, int64_t block) {
+  // A few rows of a block from weights as they are, as dot products: where there are too few rows in
+  // all to repay packing. The weights of one gate at a time stay in the nearest cache.
+  NOINLINE void direct_tile(int64_t k, int64_t place, int64_t count, int64_t block) {
     const int64_t hidden = plan_.hidden;
-    const int64_t unit = block * S::kWidth, count = min(S::kWidth, hidden - unit);
-    const LstmForward &arguments = *plan_.arguments;
-    const Stored *biases[2] = {static_cast<const Stored *>(arguments.bias_ih),
-                               static_cast<const Stored *>(arguments.bias_hh)};
-    const ForwardRow<Stored> &row = rows_[place];
-    Vector a[4];
+    const int64_t unit = block * S::kWidth, left = min(S::kWidth, hidden - unit);
+    const Stored *biases[2] = {static_cast<const Stored *>(plan_.arguments->bias_ih),
+                               static_cast<const Stored *>(plan_.arguments->bias_hh)};
+    const ForwardRow<Stored> *rows = rows_ + place;
+    alignas(64) Real sums[kDirectRows * kTile];  // [rows][4][lanes]
     for (int gate = 0; gate < 4; ++gate) {
-      const int64_t first = gate * hidden + unit;
-      Vector products[S::kWidth] = {};
-      if (!plan_.gates.data) {
-        dot_products(products, row.input, arguments.weight_ih, first, count, plan_.inputs);
-      }
-      dot_products(products, row.recurrent, arguments.weight_hh, first, count, plan_.features);
-      a[gate] = S::sums(products);
-      for (const Stored *b : biases) {
-        if (b) a[gate] += S::load(b + first, count);
-      }
-      if (source_ == kGiven) a[gate] += S::load(row.input + first, count);
+      Real *out = sums + gate * S::kWidth;
+      int64_t q = 0;
+      for (; q + 2 <= count; q += 2) dot_products<2>(rows + q, gate, unit, left, out + q * kTile);
+      if (q < count) dot_products<1>(rows + q, gate, unit, left, out + q * kTile);
     }
-    if (source_ == kNone) return keep(a, place, unit);
-    const Cell cell = activate(a, row, unit, count);
-    finish_cells(&cell, k, place, 1, unit, count);
+    Cell cells[kDirectRows];
+    for (int64_t q = 0; q < count; ++q) {
+      Vector a[4];
+      for (int gate = 0; gate < 4; ++gate) {
+        const int64_t first = gate * hidden + unit;
+        a[gate] = S::load(sums + q * kTile + gate * S::kWidth);
+        for (const Stored *b : biases) {
+          if (b) a[gate] += S::load(b + first, left);
+        }
+        if (source_ == kGiven) a[gate] += S::load(rows[q].input + first, left);
+      }
+      if (source_ == kNone) {
+        keep(a, place + q, unit);
+      } else {
+        cells[q] = activate(a, rows[q], unit, left);
+      }
+    }
+    if (source_ != kNone) finish_cells(cells, k, place, count, unit, left);
   }
 
-  // products[u] += vector * row (first + u) of a matrix [.., depth]; rows from `count` on repeat.
-  INLINE void dot_products(Vector (&products)[S::kWidth], const Stored *vector, const void *matrix,
-                           int64_t first, int64_t count, int64_t depth) {
-    const Stored *rows = static_cast<const Stored *>(matrix) + first * depth;
+  // x·W_ihᵀ + h·W_hhᵀ for ROWS rows and one gate of a block, as [rows][..kTile][lanes]: for so many
+  // rows a vector is summed up for each of so many units that their sums fill one.
+  template <int ROWS>
+  INLINE_MEMBER void dot_products(const ForwardRow<Stored> *rows, int gate, int64_t unit,
+                                  int64_t left, Real *out) const {
+    constexpr int64_t kUnits = S::kWidth / ROWS;
+    const int64_t end = gate * plan_.hidden + unit + left;
+    const Stored *x[ROWS], *h[ROWS];
+    for (int q = 0; q < ROWS; ++q) {
+      x[q] = rows[q].input;
+      h[q] = rows[q].recurrent;
+    }
+    for (int64_t first = end - left, u = 0; u < S::kWidth; first += kUnits, u += kUnits) {
+      Vector products[S::kWidth] = {};
+      if (!plan_.gates.data) {
+        multiply_rows<ROWS>(products, x, plan_.arguments->weight_ih, first, end, plan_.inputs);
+      }
+      multiply_rows<ROWS>(products, h, plan_.arguments->weight_hh, first, end, plan_.features);
+      const Vector sums = S::sums(products);
+      for (int q = 0; q < ROWS; ++q) {
+        __builtin_memcpy(out + q * kTile + u, reinterpret_cast<const Real *>(&sums) + q * kUnits,
+                         kUnits * sizeof(Real));
+      }
+    }
+  }
+
+  // products[q * units + u] += vectors[q] * row (first + u) of a matrix [.., depth]; its last row is
+  // repeated.
+  template <int ROWS>
+  INLINE void multiply_rows(Vector (&products)[S::kWidth], const Stored *const (&vectors)[ROWS],
+                            const void *matrix, int64_t first, int64_t end, int64_t depth) {
+    constexpr int64_t kUnits = S::kWidth / ROWS;
     for (int64_t k = 0; k < depth; k += S::kWidth * F::kEach) {
       const int64_t left = depth - k;
-      const Vector v = F::words(vector + k, left);
-      _Pragma("GCC unroll 16") for (int64_t u = 0; u < S::kWidth; ++u) {
-        const Stored *row = rows + min(u, count - 1) * depth;
-        products[u] = F::add_products(products[u], v, F::words(row + k, left));
+      Vector v[ROWS];
+      _Pragma("GCC unroll 2") for (int q = 0; q < ROWS; ++q) v[q] = F::words(vectors[q] + k, left);
+      _Pragma("GCC unroll 16") for (int64_t u = 0; u < kUnits; ++u) {
+        const Stored *row = static_cast<const Stored *>(matrix) + min(first + u, end - 1) * depth;
+        const Vector w = F::words(row + k, left);
+        _Pragma("GCC unroll 2") for (int q = 0; q < ROWS; ++q) {
+          products[q * kUnits + u] = F::add_products(products[q * kUnits + u], v[q], w);
+        }
       }
     }
   }
