@@ -54,8 +54,8 @@ class DirectionWeights(NamedTuple):
 
     ih: Tensor
     hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
     hr: Tensor | None = None
 
 
@@ -373,7 +373,7 @@ class LSTMLayerFunction(torch.autograd.Function):
         wanted = needed[_LEADING : _LEADING + 5 * directions]
         if (
             torch.is_grad_enabled()
-            or not all(map(readable, given))
+            or not readable(given)
             # Not what was saved: a parameter has been given other memory (`.data`), or a hook on
             # saved tensors has brought back another. PyTorch's operators say what does not fit.
             or _forms(saved) != ctx.forms

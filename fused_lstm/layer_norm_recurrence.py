@@ -181,7 +181,7 @@ class LayerNormRecurrenceFunction(torch.autograd.Function):
         modifiers = Modifiers(lengths, resets, recurrent_mask, zoneout_h, zoneout_c, cell_clip)
         sequence = (batch_sizes, modifiers, reverse)
         with ops.autocast_off(inputs[0].device.type):
-            if torch.is_grad_enabled() or not all(map(readable, grads)):
+            if torch.is_grad_enabled() or not readable(grads):
                 again = functools.partial(_plain_outputs, sequence, eps)
                 needed = ctx.needs_input_grad[: len(inputs)]
                 return (*differentiable_gradients(again, inputs, grads, needed), *rest)

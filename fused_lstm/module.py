@@ -255,7 +255,6 @@ class LSTM(nn.LSTM):
         """
         if (
             type(input) is Tensor
-            and input.dim() == 3
             and lengths is resets is None
             and not return_cells
             and type(self) is LSTM
@@ -268,13 +267,14 @@ class LSTM(nn.LSTM):
                 input,
                 hx,
                 self._current_weights(),
+                self.backend,
+                False,
                 self.input_size,
                 self.hidden_size,
+                self.bias,
                 self.num_layers,
                 2 if self.bidirectional else 1,
-                self.bias,
                 self.batch_first,
-                self.backend,
             )
             if result is not None:
                 output, h_n, c_n = result
@@ -479,23 +479,15 @@ class LSTMCell(nn.LSTMCell):
             BackendUnavailableError: if the named backend cannot run the problem.
         """
         parameters = self._parameters
-        # They are taken by position: one that was taken out and put back is the last.
-        if type(input) is Tensor and input.dim() == 2 and tuple(parameters) == _WEIGHTS_OF_A_CELL:
+        if type(input) is Tensor:
             # What a stream of single steps looks like.
-            given: tuple[Any, ...] = tuple(parameters.values())
-            if given[2] is given[3] is None:
+            given: tuple[Any, ...] = tuple(map(parameters.get, _WEIGHTS_OF_A_CELL))
+            bias = not (given[2] is given[3] is None)
+            # One that is elsewhere (pruned, parametrized, a buffer) is there all the same.
+            if not bias and "bias_ih" in parameters and "bias_hh" in parameters:
                 given = given[:2]
             result = plain_layers(
-                input,
-                hx,
-                given,
-                self.input_size,
-                self.hidden_size,
-                1,
-                1,
-                len(given) > 2,
-                False,
-                self.backend,
+                input, hx, given, self.backend, True, self.input_size, self.hidden_size, bias
             )
             if result is not None:
                 return result[1:]

@@ -806,7 +806,7 @@ class LSTMStackFunction(torch.autograd.Function):
         stack, weights = _with_tensors(ctx.stack, ctx.cell_clip, tensors[:end])
         needed = every[_LEADING - 3 : _LEADING + _WEIGHTS * count]
         rest = (None,) * (end - _WEIGHTS * count)
-        if torch.is_grad_enabled() or not all(map(readable, grads)):
+        if torch.is_grad_enabled() or not readable(grads):
             inputs = (x, h_0, c_0, *tensors[: _WEIGHTS * count])
             return (None, None, *_differentiable(stack, inputs, grads, needed), *rest)
 

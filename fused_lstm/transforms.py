@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "PLAIN_TENSORS",
+    "hidden_observer",
     "no_entry_for_compilers",
     "readable",
     "recording_under_way",
@@ -54,6 +55,14 @@ def transform_under_way() -> str:
     return ""
 
 
+def hidden_observer() -> bool:
+    """Whether something looks on that is not seen by a look at tensors (`alike.tensors_like`)."""
+    # The compiler follows this far, and no further.
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+
+
 # A kernel can read the memory of these classes alone.
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -76,12 +85,15 @@ def recording_under_way(tensors: Iterable[Tensor | None]) -> str:
     return ""
 
 
-def readable(grad: Tensor | None) -> bool:
-    """Whether a kernel can read a gradient: not where it stands for a batch of them, or others."""
-    return grad is None or (
-        type(grad) is Tensor
-        and not grad.is_neg()
-        and not grad._is_zerotensor()
-        and not torch._C._functorch.is_legacy_batchedtensor(grad)
-        and not torch._C._are_functorch_transforms_active()
-    )
+def readable(grads: Iterable[Tensor | None]) -> bool:
+    """Whether a kernel can read gradients: not where one stands for a batch of them, or others."""
+    for grad in grads:
+        if grad is not None and (
+            type(grad) is not Tensor
+            or grad.is_neg()
+            or grad._is_zerotensor()
+            or torch._C._functorch.is_legacy_batchedtensor(grad)
+        ):
+            return False
+    # Gradients may have tangents, though nothing had any in the forward pass.
+    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)

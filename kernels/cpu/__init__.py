@@ -2,8 +2,8 @@
 
 To read in this order: `lstm.h`, the interface; `forward.h`, `backward.h` and `layer_norm.h`, the
 equations and who computes what; `layout.h`, `multiply.h` and `simd.h`, the parts they are made of;
-`run.h` and `team.h`, memory and threads; `lstm.cpp`, one of each per instruction set. `launch.py`,
-`plain.py` and `layer_norm.py` call them.
+`run.h` and `team.h`, memory and threads; `plain.h`, what spares plain layers their structures;
+`lstm.cpp`, one of each per instruction set. `launch.py`, `plain.py` and `layer_norm.py` call them.
 """
 
 from .launch import (

@@ -41,6 +41,9 @@ _BACKWARD = struct.Struct("=54q")
 _MODIFIERS = struct.Struct("=12qd")
 _UNMODIFIED = bytes(_MODIFIERS.size)
 
+# An address below may be an offset into a storage without memory, which starts at null.
+_LOWEST = 1 << 32
+
 # LstmStatus in lstm.h.
 _OUT_OF_MEMORY = 1
 
@@ -161,7 +164,7 @@ def _address(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
     address = tensor.data_ptr()
-    if not address and tensor.numel():
+    if address < _LOWEST and tensor.numel() and not tensor.untyped_storage().data_ptr():
         raise RuntimeError(
             f"Expected tensors with memory, got one of {list(tensor.shape)} whose storage is empty"
         )

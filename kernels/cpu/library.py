@@ -22,7 +22,7 @@ import torch
 __all__ = ["ABI_VERSION", "PATH_VARIABLE", "Library", "LibraryUnavailableError", "load"]
 
 # kLstmAbiVersion in lstm.h.
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 # Environment variable that names another build of the library, for sanitizers and debugging.
 PATH_VARIABLE = "FUSED_LSTM_NATIVE_LIBRARY"
@@ -35,6 +35,7 @@ _ELF_SEGMENT_ENTRY = 56
 _ELF_SEGMENT_LOADED = 1
 
 Run = Callable[[bytes, int, int, int, int], int]
+RunPlain = Callable[[bytes, bytes, int, int], int]
 
 
 class LibraryUnavailableError(RuntimeError):
@@ -55,6 +56,9 @@ class Library:
         backward: `fused_lstm_backward`, likewise.
         layer_norm_forward: `fused_lstm_layer_norm_forward`, likewise.
         layer_norm_backward: `fused_lstm_layer_norm_backward`, likewise.
+        plain_forward: `fused_lstm_plain_forward(layer, tensors, threads, instruction_set)`, with
+            two structures as `bytes`.
+        plain_backward: `fused_lstm_plain_backward`, likewise.
         openmp: whether it has PyTorch's OpenMP runtime. Without one it takes a single thread.
         openmp_reason: why it does not, else empty.
     """
@@ -66,6 +70,8 @@ class Library:
     backward: Run
     layer_norm_forward: Run
     layer_norm_backward: Run
+    plain_forward: RunPlain
+    plain_backward: RunPlain
     openmp: bool
     openmp_reason: str
 
@@ -145,6 +151,7 @@ def _open(path: Path) -> Library:
             library.fused_lstm_layer_norm_forward,
             library.fused_lstm_layer_norm_backward,
         )
+        plain_runs = (library.fused_lstm_plain_forward, library.fused_lstm_plain_backward)
     except AttributeError as error:
         cause = str(error).removeprefix(f"{path}: ")
         raise LibraryUnavailableError(
@@ -153,6 +160,9 @@ def _open(path: Path) -> Library:
     for run in runs:
         run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
         run.restype = ctypes.c_int32
+    for run in plain_runs:
+        run.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
+        run.restype = ctypes.c_int32
     names = tuple((instruction_sets() or b"").decode("ascii", "replace").split(","))
     if not names[0]:
         raise LibraryUnavailableError(f"{path} has no kernels that this CPU can run")
@@ -160,7 +170,7 @@ def _open(path: Path) -> Library:
     if openmp:
         set_openmp(*openmp)
     multiply_bfloat16 = tuple(bool(multiplies_bfloat16(k)) for k in range(len(names)))
-    return Library(path, names, multiply_bfloat16, *runs, bool(openmp), reason)
+    return Library(path, names, multiply_bfloat16, *runs, *plain_runs, bool(openmp), reason)
 
 
 def _check_file(path: Path) -> None:

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "layout.h"
+#include "plain.h"
 #include "team.h"
 
 #if defined(__x86_64__)
@@ -31,8 +32,8 @@ constexpr double kFlopsOfAMeeting = 20e3;
 // Rows of a group at least, and the bytes of weights that each member may read at every step.
 constexpr int64_t kRowsOfAGroup = 4;
 constexpr int64_t kCachedWeights = int64_t{1} << 20;
-// Rows, over all steps, that repay a rearrangement of the weights; and what reading and rearranging
-// one weight costs.
+// Rows, over all steps, that repay a rearrangement of the weights, at least; and what reading and
+// rearranging one weight costs.
 constexpr int64_t kPackedRows = 8;
 constexpr double kFlopsOfAWeight = 20;
 // Rows, over all steps, that repay a copy of the weights whose rows the backward pass reads, and which
@@ -217,6 +218,12 @@ int32_t checked(const Arguments *recurrences, int64_t count, int64_t threads,
   return run(*sets.sets[instruction_set], alone ? 1 : threads);
 }
 
+constexpr int64_t kMostDirections = 2;
+
+bool plain_fits(const LstmPlain *layer, const void *tensors) {
+  return layer && tensors && layer->directions >= 1 && layer->directions <= kMostDirections;
+}
+
 }  // namespace
 
 extern "C" {
@@ -280,6 +287,28 @@ int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrences,
                  [&](const InstructionSet &set, int64_t used) {
                    return set.layer_norm_backward(recurrences, count, dtype, used, scratch());
                  });
+}
+
+int32_t fused_lstm_plain_forward(const LstmPlain *layer, const LstmPlainForward *tensors,
+                                 int64_t threads, int64_t instruction_set) {
+  if (!plain_fits(layer, tensors)) return kLstmBadArgument;
+  LstmForward recurrences[kMostDirections];
+  for (int64_t d = 0; d < layer->directions; ++d) {
+    recurrences[d] = plain::forward(*layer, *tensors, d);
+  }
+  return fused_lstm_forward(recurrences, layer->directions, layer->dtype, threads,
+                            instruction_set);
+}
+
+int32_t fused_lstm_plain_backward(const LstmPlain *layer, const LstmPlainBackward *tensors,
+                                  int64_t threads, int64_t instruction_set) {
+  if (!plain_fits(layer, tensors)) return kLstmBadArgument;
+  LstmBackward recurrences[kMostDirections];
+  for (int64_t d = 0; d < layer->directions; ++d) {
+    recurrences[d] = plain::backward(*layer, *tensors, d);
+  }
+  return fused_lstm_backward(recurrences, layer->directions, layer->dtype, threads,
+                             instruction_set);
 }
 
 }  // extern "C"

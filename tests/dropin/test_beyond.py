@@ -358,6 +358,26 @@ def test_dual_numbers(backend):
     assert_close(tuple(dual.tangent for dual in actual), expected[1])
 
 
+def tangent_of_gradients(module, x):
+    """Forward over reverse, with no dual number before the backward pass."""
+    x = leaf(x)
+    (output, *_), inputs = flat(module(x)), [x, *module.parameters()]
+    with forward_ad.dual_level():
+        tangent = values(*output.shape, seed=7, dtype=output.dtype)
+        grad_output = forward_ad.make_dual(torch.ones_like(output), tangent)
+        gradients = torch.autograd.grad(output, inputs, grad_output)
+        return tuple(forward_ad.unpack_dual(gradient).tangent for gradient in gradients)
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"proj_size": 1}], ids=["stack", "proj"])
+def test_dual_numbers_of_a_backward_pass_alone(options, backend):
+    native, ours = build(backend, **options)
+    x = make_input(dtype=torch.float64)
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = tangent_of_gradients(native, x)
+    assert_close(tangent_of_gradients(ours, x), expected)
+
+
 def test_jacobians_of_both_modes_agree(backend):
     _, ours = build(backend, 2, 2, num_layers=2)
     x = values(3, 2, 2, dtype=torch.float64)
@@ -426,6 +446,7 @@ def test_transforms_of_the_cell(backend):
     assert_close(vmap(ours)(x), tuple(map(torch.stack, zip(*map(native, x), strict=True))))
     v = values(B, I, seed=3, dtype=torch.float64)
     assert_close(jvp(ours, (x[0],), (v,)), torch.autograd.functional.jvp(native, (x[0],), (v,)))
+    assert_close(tangent_of_gradients(ours, x[0]), tangent_of_gradients(native, x[0]))
 
 
 # Compilers

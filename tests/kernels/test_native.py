@@ -574,6 +574,46 @@ def test_every_height_of_a_tile(B):
     check_layer(Layer(8, B, 5, 17, 6, D=2), threads=(2,))
 
 
+# Too few rows to rearrange the weights for, in a single step and in two, and just enough.
+FEW_ROWS = (1, 2, 3, 11, 12, 13, 22, 23, 24, 25, 33)
+few_rows = pytest.mark.parametrize("B", FEW_ROWS)
+few_steps = pytest.mark.parametrize("T", [1, 2])
+
+
+@few_steps
+@few_rows
+def test_few_rows(T, B):
+    check_layer(Layer(T, B, 5, 17, D=2), threads=(1,))
+    check_layer(Layer(T, B, 33, 16, bias=False), threads=(1,))
+    check_layer(Layer(T, B, 1, 7), threads=(1,))
+    check_layer(Layer(T, B, 6, 50, 7, batch_first=True), threads=(2,))
+    check_recurrence(Recurrence(T, B, 18), threads=(1,))
+
+
+@dtypes
+@few_steps
+def test_few_rows_are_computed_each_for_itself(dtype, T):
+    """As in other batches, and what is not finite stays in its row."""
+    most = max(FEW_ROWS)
+    inputs = convert(layer_inputs(Layer(T, most, 5, 19))[0], dtype)
+    x, h0, c0, weights = inputs
+    rest = (weights, None, False, UNMODIFIED, False, False)
+    for context in every_setting((1,)):
+        with context as how:
+            for B in FEW_ROWS:
+                whole = layer_forward(x[:, :B], h0[:, :B], c0[:, :B], *rest)
+                for row in {0, 1, B // 2, B - 1} & set(range(B)):
+                    one = slice(row, row + 1)
+                    alone = layer_forward(x[:, one], h0[:, one], c0[:, one], *rest)
+                    torch.testing.assert_close(whole.output[:, one], alone.output, msg=how)
+                    bad = x[:, :B].clone()
+                    bad[0, row, -1] = NAN
+                    found = layer_forward(bad, h0[:, :B], c0[:, :B], *rest).output
+                    others = [b for b in range(B) if b != row]
+                    assert torch.equal(found[:, others], whole.output[:, others]), how
+                    assert found[:, row].isnan().all(), how
+
+
 @packed
 @pytest.mark.parametrize("P", [0, 4])
 def test_packed_layer(sizes, P):
@@ -732,6 +772,10 @@ def general_layers(x, h0, c0, weights, grads, D, batch_first, want_input=True):
     return (x, h_n, c_n), (grad, grad_h0, grad_c0, *of_weights)
 
 
+def addresses(tensors):
+    return [t.data_ptr() for t in tensors]
+
+
 KINDS = {
     "layer": {},
     "no-bias": {"bias": False},
@@ -756,32 +800,34 @@ def test_plain_layers_are_the_general_ones(dtype, states, kind, T, B, I, H):  # 
     x, h0, c0, weights, grads = plain_inputs(dtype, T, B, I, H, **kind)
     if not states:
         h0, c0 = torch.zeros_like(h0), torch.zeros_like(c0)
-    given = (h0, c0) if states else (None, None)
-    flat = [w for own in weights for w in own[:4]]
-    sizes = (H, L, D, kind.get("bias", True), batch_first, dtype)
+    given = (h0, c0) if states else ()
+    weights_given = [w for own in weights for w in own[:4] if w is not None]
+    tensors = [x, *given, *weights_given]
+    sizes = (H, L, D, kind.get("bias", True), batch_first, states, dtype)
     layers = PlainLayers(x.shape, x.stride(), *sizes)
-    assert [None if w is None else w.shape for w in flat] == layers.weights
+    assert tuple(t.shape for t in tensors) == layers.shapes
     assert layers.state == h0.shape
     for context in every_setting():
         with context:
             results, gradients = general_layers(x, h0, c0, weights, grads, D, batch_first)
-            outputs, h_n, c_n, saved = layers.forward(x, *given, flat, True)
-            unsaved = layers.forward(x, *given, flat, False)
+            outputs, h_n, c_n, saved = layers.forward(addresses(tensors), True)
+            unsaved = layers.forward(addresses(tensors), False)
             for actual in ((outputs[-1], h_n, c_n), (unsaved[0][-1], *unsaved[1:3])):
                 for a, b in zip(actual, results, strict=True):
                     assert torch.equal(a, b)
             assert unsaved[3] == []
-            kept = [] if kind.get("cell") else outputs
-            assert layers.fits(x, *given, *flat, *kept, *saved)
+            kept = [*tensors, *([] if kind.get("cell") else outputs), *saved]
+            assert layers.fits(*kept)
+            expected = [
+                g for k, g in enumerate(gradients) if g is not None and (states or k not in (1, 2))
+            ]
             for of_x, of_h0, of_c0 in itertools.product([False, True], repeat=3):
-                needed = [of_x, of_h0 and states, of_c0 and states, *[w is not None for w in flat]]
+                needed = [of_x, *([of_h0, of_c0] if states else []), *[True] * len(weights_given)]
                 for arrange in (list, lambda ts: [t if t is None else strided(t) for t in ts]):
-                    actual = layers.backward(
-                        *arrange(grads), x, *given, flat, outputs, saved, needed
-                    )
-                    for want, a, b in zip(needed, actual, gradients, strict=True):
+                    actual = layers.backward(*arrange(grads), addresses(kept), needed)
+                    for want, a, b in zip(needed, actual, expected, strict=True):
                         assert torch.equal(a, b) if want else a is None
-    if flat[2] is not None:
+    if kind.get("bias", True):
         assert actual[-1].data_ptr() != actual[-2].data_ptr()
 
 
@@ -791,17 +837,19 @@ def test_plain_layers_without_some_gradients(dtype, D):
     """Of the results, and of what lies below the lowest weights that want one."""
     x, h0, c0, weights, grads = plain_inputs(dtype, 5, 3, 4, 6, L=3, D=D)
     flat = [w for own in weights for w in own[:4]]
-    layers = PlainLayers(x.shape, x.stride(), 6, 3, D, True, False, dtype)
-    outputs, _, _, saved = layers.forward(x, h0, c0, flat, True)
+    layers = PlainLayers(x.shape, x.stride(), 6, 3, D, True, False, True, dtype)
+    tensors = [x, h0, c0, *flat]
+    outputs, _, _, saved = layers.forward(addresses(tensors), True)
+    kept = addresses([*tensors, *outputs, *saved])
     everything = [True] * (3 + len(flat))
     for given in itertools.product([False, True], repeat=3):
         some = [g if keep else None for g, keep in zip(grads, given, strict=True)]
-        actual = layers.backward(*some, x, h0, c0, flat, outputs, saved, everything)
+        actual = layers.backward(*some, kept, everything)
         expected = general_layers(x, h0, c0, weights, some, D, False)[1]
         assert all(map(torch.equal, actual, expected))
     for lowest in range(3):
         needed = [False] * 3 + [k >= 4 * D * lowest for k in range(len(flat))]
-        some = layers.backward(*grads, x, h0, c0, flat, outputs, saved, needed)
+        some = layers.backward(*grads, kept, needed)
         for want, a, b in zip(needed, some, actual, strict=True):
             assert torch.equal(a, b) if want else a is None
 
@@ -810,8 +858,8 @@ def test_plain_layers_without_some_gradients(dtype, D):
 def test_plain_layers_know_tensors_that_do_not_fit(dtype):
     x, h0, c0, weights, _ = plain_inputs(dtype, 5, 3, 4, 6, L=2)
     flat = [w for own in weights for w in own[:4]]
-    layers = PlainLayers(x.shape, x.stride(), 6, 2, 1, True, False, dtype)
-    outputs, _, _, saved = layers.forward(x, h0, c0, flat, True)
+    layers = PlainLayers(x.shape, x.stride(), 6, 2, 1, True, False, True, dtype)
+    outputs, _, _, saved = layers.forward(addresses([x, h0, c0, *flat]), True)
 
     right = [x, h0, c0, *flat, *outputs, *saved]
     assert layers.fits(*right)
@@ -1370,6 +1418,46 @@ print("ok")
     assert out == "ok\n"
 
 
+@on_linux
+def test_few_rows_read_nothing_beyond_their_tensors():
+    """Each begins or ends where its pages do, and those around may not be read."""
+    out = python(
+        """
+import ctypes, itertools, mmap, torch
+from fused_lstm.kernels.cpu import launch, layer_forward, load
+
+maps, c, page = [], ctypes.CDLL(None), mmap.PAGESIZE
+modifiers = [launch.NO_MODIFIERS]
+
+def guarded(dtype, shape, ends):
+    values = torch.randn(shape).to(dtype)
+    size = values.numel() * values.itemsize
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + 2 * page)
+    maps.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    offset = page + (pages - size if ends else 0)
+    tensor = torch.frombuffer(memory, dtype=dtype, count=values.numel(), offset=offset)
+    tensor = tensor.view(shape).copy_(values)
+    for guard in (0, pages + page):
+        assert c.mprotect(ctypes.c_void_p(address + guard), page, 0) == 0
+    return tensor
+
+for T, B, I, H, ends in itertools.product((1, 2), (1, 3, 23), (1, 5, 33), (1, 7, 17), (0, 1)):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        shapes = (T, B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)
+        x, h0, c0, *weights = [guarded(dtype, shape, ends) for shape in shapes]
+        for k, takes in enumerate(load().multiply_bfloat16):
+            if takes or dtype != torch.bfloat16:
+                launch._instruction_set = k
+                more = ([(*weights, None)], None, False, modifiers, False, False)
+                assert layer_forward(x, h0, c0, *more).output.isfinite().all()
+print("ok")
+"""
+    )
+    assert out == "ok\n"
+
+
 # Inference in bfloat16
 
 BFLOAT16_SETS = [k for k, takes in enumerate(load().multiply_bfloat16) if takes]
@@ -1420,6 +1508,14 @@ def check_bfloat16(case, seed=0, modifiers=NO_MODIFIERS, layout=None, threads=(1
 def test_bfloat16_every_height_of_a_tile(B):
     for T, I, H in ((1, 3, 5), (2, 4, 7), (5, 7, 16), (4, 33, 18), (3, 6, 33)):  # noqa: E741
         check_bfloat16(Layer(T, B, I, H, D=2))
+
+
+@in_bfloat16
+@few_steps
+@few_rows
+def test_bfloat16_few_rows(T, B):
+    for I, H in ((5, 17), (33, 16), (1, 7)):  # noqa: E741
+        check_bfloat16(Layer(T, B, I, H, D=2, bias=I > 1), threads=(1,))
 
 
 @in_bfloat16
