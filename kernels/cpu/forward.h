@@ -362,9 +362,9 @@ class ForwardMember : protected Member {
     alignas(64) Real sums[kDirectRows * kTile];  // [rows][4][lanes]
     for (int gate = 0; gate < 4; ++gate) {
       Real *out = sums + gate * S::kWidth;
-      int64_t q = 0;
-      for (; q + 2 <= count; q += 2) dot_products<2>(rows + q, gate, unit, left, out + q * kTile);
-      if (q < count) dot_products<1>(rows + q, gate, unit, left, out + q * kTile);
+      int64_t done = dot_products<4>(rows, 0, count, gate, unit, left, out);
+      done = dot_products<2>(rows, done, count, gate, unit, left, out);
+      dot_products<1>(rows, done, count, gate, unit, left, out);
     }
     Cell cells[kDirectRows];
     for (int64_t q = 0; q < count; ++q) {
@@ -386,30 +386,39 @@ class ForwardMember : protected Member {
     if (source_ != kNone) finish_cells(cells, k, place, count, unit, left);
   }
 
-  // x·W_ihᵀ + h·W_hhᵀ for ROWS rows and one gate of a block, as [rows][..kTile][lanes]: for so many
-  // rows a vector is summed up for each of so many units that their sums fill one.
+  // x·W_ihᵀ + h·W_hhᵀ for one gate of a block, as [rows][..kTile][lanes]: of rows done ... count-1
+  // as many as make groups of ROWS. A group sums up one vector for each of its rows and of so many
+  // units that the sums of all fill a vector. Returns the row behind the last group.
   template <int ROWS>
-  INLINE_MEMBER void dot_products(const ForwardRow<Stored> *rows, int gate, int64_t unit,
-                                  int64_t left, Real *out) const {
+  INLINE_MEMBER int64_t dot_products(const ForwardRow<Stored> *rows, int64_t done, int64_t count,
+                                     int gate, int64_t unit, int64_t left, Real *out) const {
     constexpr int64_t kUnits = S::kWidth / ROWS;
-    const int64_t end = gate * plan_.hidden + unit + left;
-    const Stored *x[ROWS], *h[ROWS];
-    for (int q = 0; q < ROWS; ++q) {
-      x[q] = rows[q].input;
-      h[q] = rows[q].recurrent;
-    }
-    for (int64_t first = end - left, u = 0; u < S::kWidth; first += kUnits, u += kUnits) {
-      Vector products[S::kWidth] = {};
-      if (!plan_.gates.data) {
-        multiply_rows<ROWS>(products, x, plan_.arguments->weight_ih, first, end, plan_.inputs);
+    if constexpr (kUnits == 0) return done;
+    const int64_t last = done + (count - done) / ROWS * ROWS;
+    const int64_t begin = gate * plan_.hidden + unit, end = begin + left;
+    for (int64_t u = 0; u < S::kWidth; u += kUnits) {
+      for (int64_t row = done; row < last; row += ROWS) {
+        const Stored *x[ROWS], *h[ROWS];
+        for (int q = 0; q < ROWS; ++q) {
+          x[q] = rows[row + q].input;
+          h[q] = rows[row + q].recurrent;
+        }
+        Vector products[S::kWidth] = {};
+        if (!plan_.gates.data) {
+          multiply_rows<ROWS>(products, x, plan_.arguments->weight_ih, begin + u, end,
+                              plan_.inputs);
+        }
+        multiply_rows<ROWS>(products, h, plan_.arguments->weight_hh, begin + u, end,
+                            plan_.features);
+        const Vector sums = S::sums(products);
+        for (int q = 0; q < ROWS; ++q) {
+          __builtin_memcpy(out + (row + q) * kTile + u,
+                           reinterpret_cast<const Real *>(&sums) + q * kUnits,
+                           kUnits * sizeof(Real));
+        }
       }
-      multiply_rows<ROWS>(products, h, plan_.arguments->weight_hh, first, end, plan_.features);
-      const Vector sums = S::sums(products);
-      for (int q = 0; q < ROWS; ++q) {
-        __builtin_memcpy(out + q * kTile + u, reinterpret_cast<const Real *>(&sums) + q * kUnits,
-                         kUnits * sizeof(Real));
-      }
     }
+    return last;
   }
 
   // products[q * units + u] += vectors[q] * row (first + u) of a matrix [.., depth]; its last row is
@@ -421,11 +430,11 @@ class ForwardMember : protected Member {
     for (int64_t k = 0; k < depth; k += S::kWidth * F::kEach) {
       const int64_t left = depth - k;
       Vector v[ROWS];
-      _Pragma("GCC unroll 2") for (int q = 0; q < ROWS; ++q) v[q] = F::words(vectors[q] + k, left);
+      _Pragma("GCC unroll 4") for (int q = 0; q < ROWS; ++q) v[q] = F::words(vectors[q] + k, left);
       _Pragma("GCC unroll 16") for (int64_t u = 0; u < kUnits; ++u) {
         const Stored *row = static_cast<const Stored *>(matrix) + min(first + u, end - 1) * depth;
         const Vector w = F::words(row + k, left);
-        _Pragma("GCC unroll 2") for (int q = 0; q < ROWS; ++q) {
+        _Pragma("GCC unroll 4") for (int q = 0; q < ROWS; ++q) {
           products[q * kUnits + u] = F::add_products(products[q * kUnits + u], v[q], w);
         }
       }

@@ -134,9 +134,9 @@ struct Forward {
                                Panels::wide_for(a.features, S::kWidth, split.unit_groups)};
     const int64_t tile = 4 * S::kWidth;
     const bool packs_late = a.steps == 1;
-    // Two rows at a time share the weights they read as dot products.
-    const bool pairs = a.batch > 1;
-    const bool packed = rows.count >= max(kPackedRows, pairs ? S::kWidth * 3 / 2 : 0);
+    // Rows of one step share the weights that they read as dot products.
+    const bool shared = a.batch > 1;
+    const bool packed = rows.count >= max(kPackedRows, shared ? 2 * S::kWidth : 0);
     const int64_t panels = !packed ? 0 : packs_late ? split.members() : blocks;
     const int64_t staged = a.gates.data || !packed ? 0 : split.row_groups * blocks * kStagedRows;
     const int64_t depth = divide_up(a.input_size, F::kEach) + divide_up(a.features, F::kEach);

@@ -575,7 +575,7 @@ def test_every_height_of_a_tile(B):
 
 
 # Too few rows to rearrange the weights for, in a single step and in two, and just enough.
-FEW_ROWS = (1, 2, 3, 11, 12, 13, 22, 23, 24, 25, 33)
+FEW_ROWS = (1, 2, 3, 4, 7, 11, 12, 13, 15, 16, 17, 23, 31, 32, 33)
 few_rows = pytest.mark.parametrize("B", FEW_ROWS)
 few_steps = pytest.mark.parametrize("T", [1, 2])
 
@@ -1141,11 +1141,43 @@ def test_what_is_not_finite_stays_in_its_sequence(every_way, dtype, bad, H, wher
             assert torch.equal(got.isnan(), native[name].isnan()), f"{name}: {how}"
 
 
+def with_units_in_another_order(inputs, order):
+    x, h0, c0, weights = inputs
+    rows = torch.cat([gate * len(order) + order for gate in range(4)])
+    reordered = [
+        [w if w is None else w[rows][:, order] if k == 1 else w[rows] for k, w in enumerate(own)]
+        for own in weights
+    ]
+    return x, h0[..., order], c0[..., order], reordered
+
+
+def torchs_worst(case, inputs, exact, orders=20):
+    """PyTorch's results in float32, each as it is furthest off over orders of the hidden units.
+
+    Where one gate of many does not saturate, the order in which its sum is added up decides.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = {}
+    for _ in range(orders):
+        order = torch.randperm(case.H, generator=generator)
+        no_grads = (None,) * 3
+        found = torch_layer(
+            case, with_units_in_another_order(inputs, order), no_grads, torch.float32
+        )
+        for name in ("output", "h_n", "c_n"):
+            result = found[name][..., order.argsort()]
+            error = (result.double() - exact[name]).square().mean().item()
+            if name not in worst or not error <= worst[name][0]:
+                worst[name] = (error, result)
+    return {name: result for name, (_, result) in worst.items()}
+
+
 @dtypes
 @pytest.mark.parametrize("scale", [1e30, 1e4, 1e2, 1e-12, 1e-40, 0.0])
 @pytest.mark.parametrize("where", ["x", "h0", "c0", "all"])
-def test_huge_and_tiny_values(every_way, dtype, scale, where):
-    case = Layer(4, 7, 5, 17)
+@pytest.mark.parametrize("B", [7, 12])
+def test_huge_and_tiny_values(every_way, dtype, B, scale, where):
+    case = Layer(4, B, 5, 17)
     (x, h0, c0, weights), grads = layer_inputs(case)
     inputs = [x, h0, c0]
     for k, name in enumerate(("x", "h0", "c0")):
@@ -1153,12 +1185,13 @@ def test_huge_and_tiny_values(every_way, dtype, scale, where):
             inputs[k] = inputs[k] * scale
     inputs = convert([*inputs, weights], torch.float32)
     native, exact = (torch_layer(case, inputs, grads, d) for d in (torch.float32, torch.float64))
+    worst = torchs_worst(case, inputs, exact)
     inputs, grads = convert(inputs, dtype), convert(grads, dtype)
     for how, actual in every_way(case, inputs, grads):
         for name, e in exact.items():
             assert not actual[name].isnan().any(), f"{name}: {how}"
-            if name in ("output", "h_n", "c_n"):
-                assert_accurate(actual[name], native[name], e, f"{name}: {how}")
+            if name in worst:
+                assert_accurate(actual[name], worst[name], e, f"{name}: {how}")
             elif native[name].isfinite().all():
                 # A gate near one is a rounding away from it or not. The gates saturate at the
                 # smallest number, PyTorch's at zero.
