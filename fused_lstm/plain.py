@@ -27,7 +27,6 @@ from fused_lstm.layer import composed_layer, grouped, native_kernels
 from fused_lstm.ops import autocast_off
 from fused_lstm.recurrence import differentiable_gradients
 from fused_lstm.transforms import (
-    PLAIN_TENSORS,
     hidden_observer,
     no_entry_for_compilers,
     readable,
@@ -161,19 +160,20 @@ def _look_at(
     _, weights, with_grad, name, sizes = key
     x, *rest = tensors
     dtype, states = x.dtype, len(rest) - weights
-    if transform_under_way() or recording_under_way(()) or torch._C._is_any_autocast_enabled():
+    if transform_under_way() or recording_under_way(tensors):
+        return None
+    if torch._C._is_any_autocast_enabled():
         return None
     # What is remembered is found again by equality, and 4.0 equals 4.
     if not all(type(size) in (int, bool) for size in sizes):
         return None
     for k, tensor in enumerate(tensors):
         if not (
-            type(tensor) in PLAIN_TENSORS
+            tensor is not None
             and tensor.dtype is dtype
             and tensor.is_cpu
             and (k <= states or tensor.is_contiguous())
-            and not tensor.is_neg()
-            # Zeros without memory have none, and tensors that were freed.
+            # Tensors that were freed have none.
             and tensor.data_ptr()
         ):
             return None

@@ -61,30 +61,32 @@ class Direction {
   }
 };
 
-template <class Recurrence>
-Recurrence of_sizes(const LstmPlain &layer, int64_t direction) {
+// What the recurrence of a direction is in both passes.
+template <class Recurrence, class Tensors>
+Recurrence recurrence(const LstmPlain &layer, const Tensors &tensors, int64_t direction) {
+  const Direction own(layer, direction);
   Recurrence a = {};
   a.steps = layer.steps;
   a.batch = layer.batch;
   a.input_size = layer.input_size;
   a.hidden_size = a.features = layer.hidden_size;
   a.reverse = direction;
-  return a;
-}
-
-inline LstmForward forward(const LstmPlain &layer, const LstmPlainForward &tensors, int64_t d) {
-  const Direction own(layer, d);
-  LstmForward a = of_sizes<LstmForward>(layer, d);
   a.x = {const_cast<void *>(tensors.x), layer.x_stride_t, layer.x_stride_b};
   a.weight_ih = own.weight(tensors.weights, 0);
   a.weight_hh = own.weight(tensors.weights, 1);
-  a.bias_ih = own.weight(tensors.weights, 2);
-  a.bias_hh = own.weight(tensors.weights, 3);
   a.h0 = own.state(tensors.h0);
   a.c0 = own.state(tensors.c0);
   a.h = own.output(tensors.output);
   a.c = own.c(tensors.saved);
   a.activations = own.activations(tensors.saved);
+  return a;
+}
+
+inline LstmForward forward(const LstmPlain &layer, const LstmPlainForward &tensors, int64_t d) {
+  const Direction own(layer, d);
+  LstmForward a = recurrence<LstmForward>(layer, tensors, d);
+  a.bias_ih = own.weight(tensors.weights, 2);
+  a.bias_hh = own.weight(tensors.weights, 3);
   a.h_n = own.state(tensors.h_n);
   a.c_n = own.state(tensors.c_n);
   return a;
@@ -92,15 +94,7 @@ inline LstmForward forward(const LstmPlain &layer, const LstmPlainForward &tenso
 
 inline LstmBackward backward(const LstmPlain &layer, const LstmPlainBackward &tensors, int64_t d) {
   const Direction own(layer, d);
-  LstmBackward a = of_sizes<LstmBackward>(layer, d);
-  a.activations = own.activations(tensors.saved);
-  a.c = own.c(tensors.saved);
-  a.x = {const_cast<void *>(tensors.x), layer.x_stride_t, layer.x_stride_b};
-  a.h = own.output(tensors.output);
-  a.weight_ih = own.weight(tensors.weights, 0);
-  a.weight_hh = own.weight(tensors.weights, 1);
-  a.h0 = own.state(tensors.h0);
-  a.c0 = own.state(tensors.c0);
+  LstmBackward a = recurrence<LstmBackward>(layer, tensors, d);
   a.grad_h = own.output(tensors.grad_output, tensors.grad_output_stride_t,
                         tensors.grad_output_stride_b);
   a.grad_h_n = own.state(tensors.grad_h_n);
