@@ -23,14 +23,19 @@ def tensors_like(tensors: Sequence[Tensor]) -> Alike | None:
     `torch.utils._python_dispatch`.
 
     It is the question by which PyTorch's compiler knows what a graph was compiled for, here for
-    0.1 microseconds a tensor. It is put with tensors, each of them once, and keeps none of them.
+    0.1 microseconds a tensor. It is put with tensors, and keeps none of them. Where one of these is
+    given more than once, one is in the same places of others that are like them, and nowhere else.
 
     Args:
         tensors: what others are to be like.
 
     Returns:
-        The question; None where this PyTorch has no such thing, or a tensor is given twice.
+        The question; None where this PyTorch has no such thing.
     """
+    first: dict[int, int] = {}
+    same = [first.setdefault(id(tensor), k) for k, tensor in enumerate(tensors)]
+    if len(first) < len(tensors):
+        return _with_repetitions(tensors, same)
     try:
         guards: Any = torch._C._dynamo.guards.TensorGuards
         alike: Alike = guards(
@@ -41,3 +46,20 @@ def tensors_like(tensors: Sequence[Tensor]) -> Alike | None:
         return alike if alike(*tensors) else None
     except (AttributeError, TypeError):
         return None
+
+
+def _with_repetitions(tensors: Sequence[Tensor], same: list[int]) -> Alike | None:
+    """Of tensors of which the first that is the same as the k-th is `same[k]`."""
+    kept = sorted(set(same))
+    question = tensors_like([tensors[k] for k in kept])
+    if question is None:
+        return None
+    pairs = [(k, first) for k, first in enumerate(same) if k != first]
+
+    def alike(*others: Tensor) -> bool:
+        for k, first in pairs:
+            if others[k] is not others[first]:
+                return False
+        return question(*[others[k] for k in kept])
+
+    return alike

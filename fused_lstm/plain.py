@@ -27,6 +27,7 @@ from fused_lstm.layer import composed_layer, grouped, native_kernels
 from fused_lstm.ops import autocast_off
 from fused_lstm.recurrence import differentiable_gradients
 from fused_lstm.transforms import (
+    dual_numbers_under_way,
     hidden_observer,
     no_entry_for_compilers,
     readable,
@@ -109,8 +110,8 @@ def plain_layers(
         results = _apply(call, addresses, *tensors)
         output, h_n, c_n = results[0], results[-2], results[-1]
     else:
-        outputs, h_n, c_n, _ = kernel.forward(addresses, False)
-        output = outputs[-1]
+        h_n, c_n, *outputs = kernel.forward(addresses, False)
+        output = h_n if cell else outputs[-1]
     return (output.transpose(0, 1) if batch_first else output), h_n, c_n
 
 
@@ -122,16 +123,16 @@ class _Call:
         differentiated: whether a gradient may be asked for.
         bfloat16: whether the tensors are.
         alike: tells the tensors of other such calls.
-        kept_alike: tells, of what was kept for a backward pass, whether it is still what it was.
-            Never, before a first backward pass.
+        readable: of backward passes with so many gradients, what tells whether a kernel can read
+            them and what was kept for it.
     """
 
-    __slots__ = ("alike", "bfloat16", "differentiated", "kept_alike", "kernel")
+    __slots__ = ("alike", "bfloat16", "differentiated", "kernel", "readable")
 
     def __init__(self, kernel: Any, differentiated: bool, bfloat16: bool) -> None:
         self.kernel, self.differentiated, self.bfloat16 = kernel, differentiated, bfloat16
         self.alike: Alike = _unlike
-        self.kept_alike: Alike = _unlike
+        self.readable: dict[int, list[Alike]] = {}
 
 
 def _unlike(*tensors: Tensor) -> bool:
@@ -143,6 +144,8 @@ def _unlike(*tensors: Tensor) -> bool:
 _calls: dict[tuple[Any, ...], list[_Call]] = {}
 _CALLS_OF_A_KEY = 8
 _KEYS = 4096
+# Gradients come with some strides or others.
+_BACKWARDS_OF_A_CALL = 4
 
 
 def _look_at(
@@ -267,25 +270,22 @@ class PlainLayersFunction(torch.autograd.Function):
             addresses: of the tensors.
             *tensors: x, h_0 and c_0 if they are given, and the weights.
         """
-        outputs, h_n, c_n, saved = call.kernel.forward(addresses, True)
+        h_n, c_n, *kept = call.kernel.forward(addresses, True)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        if call.kernel.cell:
-            # Its output is h_n, which users may change in place: no h but h_0 is looked at again.
-            ctx.save_for_backward(*tensors, *saved)
-            return h_n, c_n
-        ctx.save_for_backward(*tensors, *outputs, *saved)
-        return outputs[-1], h_n, c_n
+        # Of a cell without its output, which users may change in place.
+        ctx.save_for_backward(*tensors, *kept)
+        return (h_n, c_n) if call.kernel.cell else (kept[-1], h_n, c_n)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the recurrences in reverse, and multiply as they go."""
-        call, (_, _, *needed) = ctx.call, ctx.needs_input_grad
+        call, needed = ctx.call, ctx.needs_input_grad[2:]
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * (2 + len(needed))
         kernel, kept = call.kernel, ctx.saved_tensors
-        if not torch.is_grad_enabled() and readable(given) and _still_fits(call, kept):
+        if not torch.is_grad_enabled() and _readable(call, given, kept):
             if kernel.cell:
                 grads = None, *grads
             return None, None, *kernel.backward(*grads, kernel.addresses(kept), needed)
@@ -301,18 +301,25 @@ _apply: Callable[..., tuple[Tensor, ...]]
 _apply = super(torch.autograd.Function, PlainLayersFunction).apply
 
 
-def _still_fits(call: _Call, kept: tuple[Tensor, ...]) -> bool:
-    """Whether what was kept for a backward pass is what the kernel needs.
+def _readable(call: _Call, grads: list[Tensor], kept: tuple[Tensor, ...]) -> bool:
+    """Whether a kernel can read gradients, and what was kept for a backward pass is what it needs.
 
-    Where not, a parameter has been given other memory (`.data`), or a hook on saved tensors has
-    brought back another tensor; PyTorch's operators say what does not fit.
+    Where it is not, a parameter has been given other memory (`.data`), or a hook on saved tensors
+    has brought back another tensor; PyTorch's operators say what does not fit.
     """
-    if call.kept_alike(*kept):
-        return True
-    if not call.kernel.fits(*kept):
+    if dual_numbers_under_way():
         return False
-    if call.alike is not _unlike:
-        call.kept_alike = tensors_like(kept) or _unlike
+    questions = call.readable.get(len(grads), [])
+    for alike in questions:
+        if alike(*grads, *kept):
+            return True
+    if not (readable(grads) and call.kernel.fits(*kept)):
+        return False
+    # What is looked at every time is not worth remembering.
+    if call.alike is not _unlike and (question := tensors_like((*grads, *kept))) is not None:
+        if len(questions) >= _BACKWARDS_OF_A_CALL:
+            questions = []
+        call.readable[len(grads)] = [*questions, question]
     return True
 
 

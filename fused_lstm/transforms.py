@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "PLAIN_TENSORS",
+    "dual_numbers_under_way",
     "hidden_observer",
     "no_entry_for_compilers",
     "readable",
@@ -44,13 +45,18 @@ def no_entry_for_compilers(function: Function) -> Function:
     return function
 
 
+def dual_numbers_under_way() -> bool:
+    """Whether forward-mode differentiation is, outside of `torch.func`: tensors have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def transform_under_way() -> str:
     """Name what is looking at the computation: "compile", "vmap", "jvp", or "" for nothing."""
     if torch.compiler.is_compiling():
         return "compile"
     if torch._C._are_functorch_transforms_active():
         return "vmap"
-    if forward_ad._current_level >= 0:
+    if dual_numbers_under_way():
         return "jvp"
     return ""
 
@@ -60,7 +66,7 @@ def hidden_observer() -> bool:
     # The compiler follows this far, and no further.
     if torch.compiler.is_compiling():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+    return torch._C._len_torch_dispatch_stack() > 0 or dual_numbers_under_way()
 
 
 # A kernel can read the memory of these classes alone.
@@ -96,4 +102,4 @@ def readable(grads: Iterable[Tensor | None]) -> bool:
         ):
             return False
     # Gradients may have tangents, though nothing had any in the forward pass.
-    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return not (torch._C._are_functorch_transforms_active() or dual_numbers_under_way())

@@ -146,12 +146,31 @@ def test_whether_a_gradient_is_recorded_counts(k, grad_mode):
         assert tensors_like(learned)(*learned)
 
 
-def test_a_tensor_that_is_given_twice_is_unlike():
+def test_a_tensor_that_is_given_twice_is_unlike_two():
     x, y = torch.randn(3, 4), torch.randn(3, 4)
-    assert tensors_like([x, x]) is None
     alike = tensors_like([x, y])
     assert alike(y, x)
     assert not alike(x, x)
+    alike = tensors_like([x, x])
+    assert alike(y, y)
+    assert not alike(x, y)
+    assert not alike(x[:2], x[:2])
+
+
+def test_tensors_that_are_given_more_than_once():
+    x, y, z = torch.randn(3, 3, 4)
+    alike = tensors_like([x, y, x, y, x])
+    assert alike(y, z, y, z, y)
+    for others in (
+        (x, x, x, x, x),
+        (x, y, z, y, x),
+        (x, y, x, y, y),
+        (x, y, y, x, x),
+        (x, y[:2], x, y[:2], x),
+    ):
+        assert not alike(*others)
+    with pytest.raises(TypeError):
+        tensors_like([x, y])(x)
 
 
 def test_another_number_of_tensors_is_no_question():

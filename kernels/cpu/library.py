@@ -22,7 +22,7 @@ import torch
 __all__ = ["ABI_VERSION", "PATH_VARIABLE", "Library", "LibraryUnavailableError", "load"]
 
 # kLstmAbiVersion in lstm.h.
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 # Environment variable that names another build of the library, for sanitizers and debugging.
 PATH_VARIABLE = "FUSED_LSTM_NATIVE_LIBRARY"
@@ -35,7 +35,8 @@ _ELF_SEGMENT_ENTRY = 56
 _ELF_SEGMENT_LOADED = 1
 
 Run = Callable[[bytes, int, int, int, int], int]
-RunPlain = Callable[[bytes, bytes, int, int], int]
+RunPlainForward = Callable[[bytes, bytes, int, int], int]
+RunPlainBackward = Callable[[bytes, bytes, int, int, int, int], int]
 
 
 class LibraryUnavailableError(RuntimeError):
@@ -56,9 +57,10 @@ class Library:
         backward: `fused_lstm_backward`, likewise.
         layer_norm_forward: `fused_lstm_layer_norm_forward`, likewise.
         layer_norm_backward: `fused_lstm_layer_norm_backward`, likewise.
-        plain_forward: `fused_lstm_plain_forward(layer, tensors, threads, instruction_set)`, with
-            two structures as `bytes`.
-        plain_backward: `fused_lstm_plain_backward`, likewise.
+        plain_forward: `fused_lstm_plain_forward(layers, addresses, threads, instruction_set)`, with
+            a structure and a list of addresses as `bytes`.
+        plain_backward: `fused_lstm_plain_backward(layers, addresses, grad_output_stride_t,
+            grad_output_stride_b, threads, instruction_set)`, likewise.
         openmp: whether it has PyTorch's OpenMP runtime. Without one it takes a single thread.
         openmp_reason: why it does not, else empty.
     """
@@ -70,8 +72,8 @@ class Library:
     backward: Run
     layer_norm_forward: Run
     layer_norm_backward: Run
-    plain_forward: RunPlain
-    plain_backward: RunPlain
+    plain_forward: RunPlainForward
+    plain_backward: RunPlainBackward
     openmp: bool
     openmp_reason: str
 
@@ -160,8 +162,8 @@ def _open(path: Path) -> Library:
     for run in runs:
         run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
         run.restype = ctypes.c_int32
-    for run in plain_runs:
-        run.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
+    for run, numbers in zip(plain_runs, (2, 4), strict=True):
+        run.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * numbers]
         run.restype = ctypes.c_int32
     names = tuple((instruction_sets() or b"").decode("ascii", "replace").split(","))
     if not names[0]:

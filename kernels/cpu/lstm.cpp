@@ -126,6 +126,7 @@ struct InstructionSet {
   int32_t (*layer_norm_forward)(const LstmLayerNormForward *, int64_t, int64_t, int64_t, Scratch &);
   int32_t (*layer_norm_backward)(const LstmLayerNormBackward *, int64_t, int64_t, int64_t,
                                  Scratch &);
+  void (*add)(void *, const void *, int64_t, int64_t);
   // Null where the compiler has no instructions for bfloat16; the CPU may lack them still.
   int32_t (*bfloat16_forward)(const LstmForward *, int64_t, int64_t, Scratch &);
 };
@@ -145,13 +146,14 @@ const InstructionSet kInstructionSets[] = {
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
      },
      avx512::forward, avx512::backward, avx512::layer_norm_forward, avx512::layer_norm_backward,
-     kAvx512BFloat16Forward},
+     avx512::add, kAvx512BFloat16Forward},
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::forward, avx2::backward, avx2::layer_norm_forward, avx2::layer_norm_backward, nullptr},
+     avx2::forward, avx2::backward, avx2::layer_norm_forward, avx2::layer_norm_backward, avx2::add,
+     nullptr},
 #endif
     {"baseline", [] { return true; }, baseline::forward, baseline::backward,
-     baseline::layer_norm_forward, baseline::layer_norm_backward, nullptr},
+     baseline::layer_norm_forward, baseline::layer_norm_backward, baseline::add, nullptr},
 };
 
 // Those that this CPU has.
@@ -218,10 +220,9 @@ int32_t checked(const Arguments *recurrences, int64_t count, int64_t threads,
   return run(*sets.sets[instruction_set], alone ? 1 : threads);
 }
 
-constexpr int64_t kMostDirections = 2;
-
-bool plain_fits(const LstmPlain *layer, const void *tensors) {
-  return layer && tensors && layer->directions >= 1 && layer->directions <= kMostDirections;
+bool plain_fits(const LstmPlain *layers, void *const *addresses) {
+  return layers && addresses && layers->layers >= 1 && layers->directions >= 1 &&
+         layers->directions <= plain::kMostDirections;
 }
 
 }  // namespace
@@ -289,26 +290,44 @@ int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrences,
                  });
 }
 
-int32_t fused_lstm_plain_forward(const LstmPlain *layer, const LstmPlainForward *tensors,
-                                 int64_t threads, int64_t instruction_set) {
-  if (!plain_fits(layer, tensors)) return kLstmBadArgument;
-  LstmForward recurrences[kMostDirections];
-  for (int64_t d = 0; d < layer->directions; ++d) {
-    recurrences[d] = plain::forward(*layer, *tensors, d);
+int32_t fused_lstm_plain_forward(const LstmPlain *layers, void *const *addresses, int64_t threads,
+                                 int64_t instruction_set) {
+  if (!plain_fits(layers, addresses)) return kLstmBadArgument;
+  const plain::ForwardTensors tensors(*layers, addresses);
+  int32_t status = kLstmOk;
+  for (int64_t l = 0; status == kLstmOk && l < layers->layers; ++l) {
+    LstmForward recurrences[plain::kMostDirections];
+    for (int64_t d = 0; d < layers->directions; ++d) {
+      recurrences[d] = plain::forward(*layers, tensors, l, d);
+    }
+    status = fused_lstm_forward(recurrences, layers->directions, layers->dtype, threads,
+                                instruction_set);
   }
-  return fused_lstm_forward(recurrences, layer->directions, layer->dtype, threads,
-                            instruction_set);
+  return status;
 }
 
-int32_t fused_lstm_plain_backward(const LstmPlain *layer, const LstmPlainBackward *tensors,
+int32_t fused_lstm_plain_backward(const LstmPlain *layers, void *const *addresses,
+                                  int64_t grad_output_stride_t, int64_t grad_output_stride_b,
                                   int64_t threads, int64_t instruction_set) {
-  if (!plain_fits(layer, tensors)) return kLstmBadArgument;
-  LstmBackward recurrences[kMostDirections];
-  for (int64_t d = 0; d < layer->directions; ++d) {
-    recurrences[d] = plain::backward(*layer, *tensors, d);
+  if (!plain_fits(layers, addresses)) return kLstmBadArgument;
+  const plain::BackwardTensors tensors(*layers, addresses);
+  int32_t status = kLstmOk;
+  for (int64_t l = layers->layers; status == kLstmOk && l-- > tensors.lowest;) {
+    LstmBackward recurrences[plain::kMostDirections];
+    for (int64_t d = 0; d < layers->directions; ++d) {
+      recurrences[d] =
+          plain::backward(*layers, tensors, grad_output_stride_t, grad_output_stride_b, l, d);
+    }
+    status = fused_lstm_backward(recurrences, layers->directions, layers->dtype, threads,
+                                 instruction_set);
+    const LstmBackward &first = recurrences[0];
+    for (int64_t d = 1; status == kLstmOk && first.grad_x.data && d < layers->directions; ++d) {
+      supported().sets[instruction_set]->add(first.grad_x.data, recurrences[d].grad_x.data,
+                                             first.steps * first.batch * first.input_size,
+                                             layers->dtype);
+    }
   }
-  return fused_lstm_backward(recurrences, layer->directions, layer->dtype, threads,
-                             instruction_set);
+  return status;
 }
 
 }  // extern "C"

@@ -17,7 +17,7 @@
 extern "C" {
 
 // Raised with every change of the structures or functions below.
-constexpr int64_t kLstmAbiVersion = 5;
+constexpr int64_t kLstmAbiVersion = 6;
 
 // In bfloat16 there is fused_lstm_forward alone, where fused_lstm_multiplies_bfloat16 says so, and
 // from x: without activations, c, projection, recurrent_mask and zoneout. Every h is rounded as it
@@ -134,48 +134,21 @@ struct LstmLayerNormBackward : LstmBackward {
   double eps;
 };
 
-// A layer, one or two directions, without projection, packing and modifiers: what is known of its
+// Layers without projection, packing and modifiers, one upon another, or a cell: what is known of their
 // tensors before there are any. For small ones it takes as long to fill the structures above as to
 // compute; of these a call has to bring no more than addresses.
 struct LstmPlain {
   int64_t dtype;       // LstmDtype
+  int64_t layers;      // L
   int64_t directions;  // D; the second runs backwards in time
   int64_t steps;
   int64_t batch;
   int64_t input_size;
   int64_t hidden_size;
-  int64_t biases;                          // whether there are any
-  int64_t x_stride_t, x_stride_b;          // of [T, B, I]
+  int64_t biases;                           // whether there are any
+  int64_t states;                           // whether h0 and c0 are given; else they are zeros
+  int64_t x_stride_t, x_stride_b;           // of [T, B, I]
   int64_t grad_x_stride_t, grad_x_stride_b;
-};
-
-// The tensors of such a layer; all but x are contiguous.
-struct LstmPlainForward {
-  const void *x;
-  const void *h0;       // [D, B, H], or null for zeros
-  const void *c0;       // likewise
-  void *output;         // out [T, B, D*H]
-  void *saved;          // out [D, T*B*5H]: activations [T, B, 4H], then c [T, B, H]; or null
-  void *h_n;            // out [D, B, H]
-  void *c_n;            // out [D, B, H]
-  const void *weights[8];  // of each direction weight_ih, weight_hh and, if there are biases, these two
-};
-
-struct LstmPlainBackward {
-  const void *x;
-  const void *h0;
-  const void *c0;
-  const void *output;       // may be null where T is 1
-  const void *saved;
-  const void *grad_output;  // [T, B, D*H] with strides of its own, or null for zeros
-  int64_t grad_output_stride_t, grad_output_stride_b;
-  const void *grad_h_n;     // [D, B, H], or null for zeros
-  const void *grad_c_n;     // likewise
-  void *grad_h0;            // out [D, B, H], or null
-  void *grad_c0;            // likewise
-  void *grad_x[2];          // out, of each direction, or null
-  const void *weights[8];   // as above
-  void *grad_weights[8];    // out, like them; all null where they are not wanted
 };
 
 // The version of this interface that the library was built with.
@@ -212,10 +185,29 @@ int32_t fused_lstm_layer_norm_forward(const LstmLayerNormForward *recurrences, i
 int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrences, int64_t count,
                                        int64_t dtype, int64_t threads, int64_t instruction_set);
 
-// Compute a plain layer, and differentiate one.
-int32_t fused_lstm_plain_forward(const LstmPlain *layer, const LstmPlainForward *tensors,
-                                 int64_t threads, int64_t instruction_set);
-int32_t fused_lstm_plain_backward(const LstmPlain *layer, const LstmPlainBackward *tensors,
+// Compute plain layers. All tensors but x are contiguous; of them `addresses` holds
+//   x                      [T, B, I]
+//   h0, c0                 [L*D, B, H], if they are given
+//   weights                of each layer and direction weight_ih, weight_hh and, if there are any,
+//                          bias_ih and bias_hh
+//   h_n, c_n               out [L*D, B, H]
+//   saved, L times         out [D, T*B*5H]: activations [T, B, 4H], then c [T, B, H]; or null
+//   output, L times        out [T, B, D*H]; two layers that do not follow each other may share one
+int32_t fused_lstm_plain_forward(const LstmPlain *layers, void *const *addresses, int64_t threads,
+                                 int64_t instruction_set);
+
+// Differentiate plain layers, but none below the lowest of which a gradient is wanted. `addresses`
+// holds
+//   x, h0, c0, weights     as above
+//   saved, output          as above; outputs may be null where T is 1
+//   grad_output            [T, B, D*H] with strides of its own, or null for zeros
+//   grad_h_n, grad_c_n     [L*D, B, H], or null for zeros
+//   gradients              out, like x, h0, c0 and weights, or null; of a layer's weights all or none
+//   between, 2*D times     scratch [T, B, D*H]; the last D may be null below three layers, and all of
+//                          one layer
+//   another gradient of x  scratch, or null where D is 1 or none is wanted
+int32_t fused_lstm_plain_backward(const LstmPlain *layers, void *const *addresses,
+                                  int64_t grad_output_stride_t, int64_t grad_output_stride_b,
                                   int64_t threads, int64_t instruction_set);
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// Plain layers: from their sizes and addresses to the recurrences of each direction.
+// Plain layers: from their sizes and addresses to the recurrences of each layer and direction.
 #pragma once
 
 #include <cstdint>
@@ -7,84 +7,143 @@
 
 namespace plain {
 
-// Where the tensors of one direction lie, in bytes from those of the first one.
-class Direction {
- public:
-  Direction(const LstmPlain &layer, int64_t direction) : layer_(layer), direction_(direction) {}
+constexpr int64_t kMostDirections = 2;
 
-  // Its part of [D, B, H], of [T, B, D*H], and of what is saved.
-  template <class Void>
-  LstmState state(Void *base) const {
-    return {at(base, layer_.batch * layer_.hidden_size), layer_.hidden_size};
-  }
-  template <class Void>
-  LstmSequence output(Void *base, int64_t stride_t, int64_t stride_b) const {
-    return {at(base, layer_.hidden_size), stride_t, stride_b};
-  }
-  template <class Void>
-  LstmSequence output(Void *base) const {
-    const int64_t features = layer_.directions * layer_.hidden_size;
-    return output(base, layer_.batch * features, features);
-  }
-  template <class Void>
-  LstmSequence activations(Void *base) const {
-    const int64_t gates = 4 * layer_.hidden_size;
-    return {at(base, saved_size()), layer_.batch * gates, gates};
-  }
-  template <class Void>
-  LstmSequence c(Void *base) const {
-    const int64_t hidden = layer_.hidden_size;
-    void *own = at(base, saved_size());
-    if (own) own = static_cast<char *>(own) + rows() * 4 * hidden * size();
-    return {own, layer_.batch * hidden, hidden};
-  }
-  // Its weight `index`: 0 to 3 are weight_ih, weight_hh, bias_ih and bias_hh.
-  template <class Void>
-  Void *weight(Void *const *weights, int64_t index) const {
-    const int64_t each = layer_.biases ? 4 : 2;
-    return index < each ? weights[direction_ * each + index] : nullptr;
+// Where a call's tensors, or their gradients, lie: x, h0 and c0, and the weights.
+struct Tensors {
+  void *x, *h0, *c0;
+  void *const *weights;
+  void *const *end;  // what follows them
+
+  Tensors(const LstmPlain &layers, void *const *addresses)
+      : x(addresses[0]),
+        h0(layers.states ? addresses[1] : nullptr),
+        c0(layers.states ? addresses[2] : nullptr),
+        weights(addresses + (layers.states ? 3 : 1)),
+        end(weights + layers.layers * layers.directions * each(layers)) {}
+
+  // The number of weights of a layer and direction.
+  static int64_t each(const LstmPlain &layers) { return layers.biases ? 4 : 2; }
+};
+
+// What `addresses` of lstm.h holds.
+struct ForwardTensors : Tensors {
+  void *h_n, *c_n;
+  void *const *saved, *const *outputs;
+
+  ForwardTensors(const LstmPlain &layers, void *const *addresses)
+      : Tensors(layers, addresses),
+        h_n(end[0]),
+        c_n(end[1]),
+        saved(end + 2),
+        outputs(saved + layers.layers) {}
+};
+
+struct BackwardTensors : Tensors {
+  void *const *saved, *const *outputs, *const *grads;
+  Tensors gradients;
+  void *const *between;
+  int64_t lowest;  // the lowest layer of which a gradient is wanted
+
+  BackwardTensors(const LstmPlain &layers, void *const *addresses)
+      : Tensors(layers, addresses),
+        saved(end),
+        outputs(saved + layers.layers),
+        grads(outputs + layers.layers),
+        gradients(layers, grads + 3),
+        between(gradients.end),
+        lowest(0) {
+    if (gradients.x || gradients.h0 || gradients.c0) return;
+    void *const *weight = gradients.weights;
+    while (weight < gradients.end && !*weight) ++weight;
+    lowest = (weight - gradients.weights) / (layers.directions * each(layers));
   }
 
- private:
-  const LstmPlain &layer_;
-  const int64_t direction_;
-
-  int64_t rows() const { return layer_.steps * layer_.batch; }
-  int64_t saved_size() const { return rows() * 5 * layer_.hidden_size; }
-  int64_t size() const {
-    return layer_.dtype == kLstmFloat64 ? 8 : layer_.dtype == kLstmFloat32 ? 4 : 2;
-  }
-  // This direction's part of a tensor where each has so many numbers.
-  void *at(const void *base, int64_t numbers) const {
-    if (!base) return nullptr;
-    return const_cast<char *>(static_cast<const char *>(base)) + direction_ * numbers * size();
+  // Where a direction leaves the gradient of its layer's input, or null. The first direction's is
+  // the layer's in the end.
+  void *grad_input(const LstmPlain &layers, int64_t layer, int64_t direction) const {
+    if (layer > lowest) return between[(layer - 1) % 2 * layers.directions + direction];
+    if (layer > 0 || !gradients.x) return nullptr;
+    return direction ? between[2 * layers.directions] : gradients.x;
   }
 };
 
-// What the recurrence of a direction is in both passes.
-template <class Recurrence, class Tensors>
-Recurrence recurrence(const LstmPlain &layer, const Tensors &tensors, int64_t direction) {
-  const Direction own(layer, direction);
+// Where the tensors of one layer and direction lie.
+class Direction {
+ public:
+  Direction(const LstmPlain &layers, int64_t layer, int64_t direction)
+      : layers_(layers), layer_(layer), direction_(direction) {}
+
+  // Its part of [L*D, B, H], of [T, B, D*H], and of what the layer saved.
+  LstmState state(void *base) const {
+    return {at(base, index() * layers_.batch * hidden()), hidden()};
+  }
+  LstmSequence output(void *base, int64_t stride_t, int64_t stride_b) const {
+    return {at(base, direction_ * hidden()), stride_t, stride_b};
+  }
+  LstmSequence output(void *base) const { return output(base, layers_.batch * width(), width()); }
+  LstmSequence activations(void *base) const {
+    return {at(base, direction_ * rows() * 5 * hidden()), layers_.batch * 4 * hidden(),
+            4 * hidden()};
+  }
+  LstmSequence c(void *base) const {
+    return {at(base, (direction_ * 5 + 4) * rows() * hidden()), layers_.batch * hidden(), hidden()};
+  }
+  // Its weight `k`: 0 to 3 are weight_ih, weight_hh, bias_ih and bias_hh.
+  void *weight(void *const *weights, int64_t k) const {
+    const int64_t each = Tensors::each(layers_);
+    return k < each ? weights[index() * each + k] : nullptr;
+  }
+  // The layer's input: of the lowest layer with these strides, of others as the layer below left it.
+  LstmSequence input(void *base, int64_t stride_t, int64_t stride_b) const {
+    if (layer_ == 0) return {base, stride_t, stride_b};
+    return {base, layers_.batch * width(), width()};
+  }
+  int64_t input_size() const { return layer_ == 0 ? layers_.input_size : width(); }
+
+ private:
+  const LstmPlain &layers_;
+  const int64_t layer_, direction_;
+
+  int64_t index() const { return layer_ * layers_.directions + direction_; }
+  int64_t hidden() const { return layers_.hidden_size; }
+  int64_t width() const { return layers_.directions * hidden(); }
+  int64_t rows() const { return layers_.steps * layers_.batch; }
+  int64_t size() const {
+    return layers_.dtype == kLstmFloat64 ? 8 : layers_.dtype == kLstmFloat32 ? 4 : 2;
+  }
+  void *at(void *base, int64_t numbers) const {
+    return base ? static_cast<char *>(base) + numbers * size() : nullptr;
+  }
+};
+
+// What the recurrence of a layer and direction is in both passes.
+template <class Recurrence, class AllTensors>
+Recurrence recurrence(const LstmPlain &layers, const AllTensors &tensors, int64_t layer,
+                      int64_t direction) {
+  const Direction own(layers, layer, direction);
   Recurrence a = {};
-  a.steps = layer.steps;
-  a.batch = layer.batch;
-  a.input_size = layer.input_size;
-  a.hidden_size = a.features = layer.hidden_size;
+  a.steps = layers.steps;
+  a.batch = layers.batch;
+  a.input_size = own.input_size();
+  a.hidden_size = a.features = layers.hidden_size;
   a.reverse = direction;
-  a.x = {const_cast<void *>(tensors.x), layer.x_stride_t, layer.x_stride_b};
+  a.x = own.input(layer ? tensors.outputs[layer - 1] : tensors.x, layers.x_stride_t,
+                  layers.x_stride_b);
   a.weight_ih = own.weight(tensors.weights, 0);
   a.weight_hh = own.weight(tensors.weights, 1);
   a.h0 = own.state(tensors.h0);
   a.c0 = own.state(tensors.c0);
-  a.h = own.output(tensors.output);
-  a.c = own.c(tensors.saved);
-  a.activations = own.activations(tensors.saved);
+  a.h = own.output(tensors.outputs[layer]);
+  a.c = own.c(tensors.saved[layer]);
+  a.activations = own.activations(tensors.saved[layer]);
   return a;
 }
 
-inline LstmForward forward(const LstmPlain &layer, const LstmPlainForward &tensors, int64_t d) {
-  const Direction own(layer, d);
-  LstmForward a = recurrence<LstmForward>(layer, tensors, d);
+inline LstmForward forward(const LstmPlain &layers, const ForwardTensors &tensors, int64_t layer,
+                           int64_t direction) {
+  const Direction own(layers, layer, direction);
+  LstmForward a = recurrence<LstmForward>(layers, tensors, layer, direction);
   a.bias_ih = own.weight(tensors.weights, 2);
   a.bias_hh = own.weight(tensors.weights, 3);
   a.h_n = own.state(tensors.h_n);
@@ -92,20 +151,25 @@ inline LstmForward forward(const LstmPlain &layer, const LstmPlainForward &tenso
   return a;
 }
 
-inline LstmBackward backward(const LstmPlain &layer, const LstmPlainBackward &tensors, int64_t d) {
-  const Direction own(layer, d);
-  LstmBackward a = recurrence<LstmBackward>(layer, tensors, d);
-  a.grad_h = own.output(tensors.grad_output, tensors.grad_output_stride_t,
-                        tensors.grad_output_stride_b);
-  a.grad_h_n = own.state(tensors.grad_h_n);
-  a.grad_c_n = own.state(tensors.grad_c_n);
-  a.grad_x = {tensors.grad_x[d], layer.grad_x_stride_t, layer.grad_x_stride_b};
-  a.grad_weight_ih = own.weight(tensors.grad_weights, 0);
-  a.grad_weight_hh = own.weight(tensors.grad_weights, 1);
-  a.grad_bias_ih = own.weight(tensors.grad_weights, 2);
-  a.grad_bias_hh = own.weight(tensors.grad_weights, 3);
-  a.grad_h0 = own.state(tensors.grad_h0);
-  a.grad_c0 = own.state(tensors.grad_c0);
+// Of a layer that is not below the lowest one.
+inline LstmBackward backward(const LstmPlain &layers, const BackwardTensors &tensors,
+                             int64_t grad_output_stride_t, int64_t grad_output_stride_b,
+                             int64_t layer, int64_t direction) {
+  const Direction own(layers, layer, direction);
+  LstmBackward a = recurrence<LstmBackward>(layers, tensors, layer, direction);
+  a.grad_h = layer + 1 == layers.layers
+                 ? own.output(tensors.grads[0], grad_output_stride_t, grad_output_stride_b)
+                 : own.output(tensors.grad_input(layers, layer + 1, 0));
+  a.grad_h_n = own.state(tensors.grads[1]);
+  a.grad_c_n = own.state(tensors.grads[2]);
+  a.grad_x = own.input(tensors.grad_input(layers, layer, direction), layers.grad_x_stride_t,
+                       layers.grad_x_stride_b);
+  a.grad_weight_ih = own.weight(tensors.gradients.weights, 0);
+  a.grad_weight_hh = own.weight(tensors.gradients.weights, 1);
+  a.grad_bias_ih = own.weight(tensors.gradients.weights, 2);
+  a.grad_bias_hh = own.weight(tensors.gradients.weights, 3);
+  a.grad_h0 = own.state(tensors.gradients.h0);
+  a.grad_c0 = own.state(tensors.gradients.c0);
   return a;
 }
 

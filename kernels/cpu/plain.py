@@ -10,7 +10,10 @@ directions.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import starmap
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +33,37 @@ except ImportError:
 
 __all__ = ["PlainLayers"]
 
-# LstmPlain, LstmPlainForward and LstmPlainBackward in lstm.h, eight bytes a field.
-_LAYER = struct.Struct("=11q")
-_FORWARD = struct.Struct("=15q")
-_BACKWARD = struct.Struct("=30q")
-_WEIGHTS = 8
+# LstmPlain in lstm.h, eight bytes a field.
+_LAYERS = struct.Struct("=13q")
 
-# Shape and strides of a tensor that is to be allocated.
-_Form = tuple[tuple[int, ...], tuple[int, ...]]
+_address_of = Tensor.data_ptr
+
+# Shape, strides and dtype of a tensor.
+_Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
-def _form(*shape: int) -> _Form:
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    return shape, tuple(strides)
+class _Allocation(NamedTuple):
+    """The tensors that a pass allocates.
+
+    Attributes:
+        forms: what they are.
+        in_turn: puts their addresses, to which a zero is added, in the order of lstm.h.
+    """
+
+    forms: list[_Form]
+    in_turn: Callable[[list[int]], tuple[int, ...]]
+
+
+class _Gradients(NamedTuple):
+    """The tensors that a backward pass allocates, gradients first.
+
+    Attributes:
+        allocation: the tensors.
+        of_tensors: puts them, to which None is added, in the order of the call's tensors.
+    """
+
+    allocation: _Allocation
+    of_tensors: Callable[[list[Any]], tuple[Tensor | None, ...]]
 
 
 class PlainLayers:
@@ -104,40 +123,59 @@ class PlainLayers:
             x_strides, grad_x_strides = x_strides[::-1], grad_x_strides[::-1]
         rows, gates, features = steps * batch, 4 * hidden_size, directions * hidden_size
         self.num_layers, self.directions, self.batch_first = num_layers, directions, batch_first
-        self.cell, self._states = cell, states
+        self.cell, self._dtype, self._strides = cell, dtype, tuple(strides)
         self.state: tuple[int, ...] = (num_layers * directions, batch, hidden_size)
         output: tuple[int, ...] = (steps, batch, features)
         if cell:
             self.state = output = (batch, hidden_size)
-        widths = (inputs, *[features] * (num_layers - 1))
         vectors = [(gates,)] * 2 if bias else []
         weights: list[tuple[int, ...]] = []
-        for width in widths:
+        for width in (inputs, *[features] * (num_layers - 1)):
             weights += [(gates, width), (gates, hidden_size), *vectors] * directions
         self.first_weight, self.each = 3 if states else 1, 4 if bias else 2
         self.shapes = (tuple(shape), *[self.state] * (self.first_weight - 1), *weights)
-        self._strides = tuple(strides)
-        self._dtype = dtype
         # Each direction's activations of all rows, and then its cell states.
         saved = directions, rows * (gates + hidden_size)
-        self._input_form, self._state_form = _form(*shape), _form(*self.state)
-        self._output_form, self._saved_form = _form(*output), _form(*saved)
-        self._weight_forms = [_form(*weight) for weight in weights]
-        # In bytes, of one layer.
-        self._state_bytes = directions * batch * hidden_size * dtype.itemsize
-        self._output_strides = batch * features, features
-        self._layers = []
-        for width in widths:
-            sizes = directions, steps, batch, width, hidden_size, bias
-            self._layers.append(_LAYER.pack(DTYPES[dtype], *sizes, *x_strides, *grad_x_strides))
-            x_strides = grad_x_strides = self._output_strides
-        self._no_weights = (0,) * (_WEIGHTS - directions * self.each)
         # Of what is kept for a backward pass, which does not look at the biases.
         self._kept = (
             *[shape if len(shape) > 1 else None for shape in self.shapes],
-            *[output] * (0 if cell else num_layers),
             *[saved] * num_layers,
+            *[output] * (0 if cell else num_layers),
         )
+        sizes = num_layers, directions, steps, batch, inputs, hidden_size
+        self._layers = _LAYERS.pack(
+            DTYPES[dtype], *sizes, bias, states, *x_strides, *grad_x_strides
+        )
+        self._output_form, self._output_strides = self._form(output), (batch * features, features)
+        self._allocate_forward(self._form(self.state), self._form(saved))
+        self._gradients: dict[tuple[bool, ...], _Gradients] = {}
+        # A cell keeps no output, and of one step the kernel needs none.
+        self._no_output = (0,) if cell else ()
+        given, between = 3, 2 * directions + 1
+        self._pack_forward = _packer(len(self.shapes) + 2 + 2 * num_layers)
+        self._pack_backward = _packer(2 * len(self.shapes) + 2 * num_layers + given + between)
+
+    def _form(self, shape: tuple[int, ...]) -> _Form:
+        strides = [1]
+        for size in shape[:0:-1]:
+            strides.insert(0, strides[0] * size)
+        return shape, tuple(strides), self._dtype
+
+    def _allocate_forward(self, state: _Form, saved: _Form) -> None:
+        """Find out what a forward pass allocates if it saves something, and if it does not."""
+        layers = self.num_layers
+        none_saved = [-1] * layers
+        if self.cell:
+            # The output is h_n.
+            self._saving = _Allocation([state, state, saved], itemgetter(0, 1, 2, 0))
+            self._passing = _Allocation([state, state], itemgetter(0, 1, *none_saved, 0))
+            return
+        forms = [state, state, *[saved] * layers, *[self._output_form] * layers]
+        self._saving = _Allocation(forms, itemgetter(*range(len(forms))))
+        # Two outputs take turns; that of the last layer is the last tensor.
+        forms = [state, state, *[self._output_form] * min(layers, 2)]
+        outputs = [len(forms) - 1 - k % 2 for k in reversed(range(layers))]
+        self._passing = _Allocation(forms, itemgetter(0, 1, *none_saved, *outputs))
 
     @staticmethod
     def addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -146,14 +184,12 @@ class PlainLayers:
         Raises:
             RuntimeError: if the memory of one is gone.
         """
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = list(map(_address_of, tensors))
         if min(addresses) < _LOWEST:
             return [_address(tensor) for tensor in tensors]
         return addresses
 
-    def forward(
-        self, addresses: Sequence[int], save: bool
-    ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    def forward(self, addresses: Sequence[int], save: bool) -> list[Tensor]:
         """Compute the layers.
 
         Args:
@@ -161,44 +197,25 @@ class PlainLayers:
             save: whether `backward` will be called.
 
         Returns:
-            The output of each layer if `save`, else of the last, [T, B, D·H] (of a cell h_n); h_n
-            and c_n, shaped as h0; and, if `save`, for each layer what `backward` needs.
+            h_n and c_n, shaped as h0; then, if `save`, for each layer what `backward` needs, and
+            the output of each layer, [T, B, D·H], else the last layer's as the last tensor. Of a
+            cell there is no output: it is h_n.
 
         Raises:
             LibraryUnavailableError: if there is no native library.
             MemoryError: if there is no memory for the kernel's scratch.
         """
-        dtype, of_layer, k = self._dtype, self.each * self.directions, self.first_weight
-        h_n, c_n = _empty(*self._state_form, dtype), _empty(*self._state_form, dtype)
-        x_at, h_n_at, c_n_at = addresses[0], h_n.data_ptr(), c_n.data_ptr()
-        h0_at, c0_at = addresses[1:3] if self._states else (0, 0)
-        run, threads = load().plain_forward, torch.get_num_threads()
-        outputs, saved, state = [], [], 0
-        for layer in self._layers:
-            output = h_n if self.cell else _empty(*self._output_form, dtype)
-            output_at, saved_at = output.data_ptr(), 0
-            if save:
-                saved.append(_empty(*self._saved_form, dtype))
-                saved_at = saved[-1].data_ptr()
-            tensors = _FORWARD.pack(
-                x_at,
-                h0_at and h0_at + state,
-                c0_at and c0_at + state,
-                output_at,
-                saved_at,
-                h_n_at + state,
-                c_n_at + state,
-                *addresses[k : k + of_layer],
-                *self._no_weights,
-            )
-            status = run(layer, tensors, threads, launch._instruction_set)
-            if status:
-                _check(status, "forward")
-            if not save:
-                outputs.clear()
-            outputs.append(output)
-            x_at, k, state = output_at, k + of_layer, state + self._state_bytes
-        return outputs, h_n, c_n, saved
+        forms, in_turn = self._saving if save else self._passing
+        results = list(starmap(_empty, forms))
+        status = load().plain_forward(
+            self._layers,
+            self._pack_forward(*addresses, *in_turn([*map(_address_of, results), 0])),
+            torch.get_num_threads(),
+            launch._instruction_set,
+        )
+        if status:
+            _check(status, "forward")
+        return results
 
     def fits(self, *tensors: Tensor) -> bool:
         """Whether what was kept for `backward` is still what it was.
@@ -207,7 +224,7 @@ class PlainLayers:
         been given other memory (`.data`).
 
         Args:
-            *tensors: those of the call, the outputs (not of a cell), and what was saved.
+            *tensors: those of the call, and what `forward` returned behind h_n and c_n.
         """
         x = tensors[0]
         for tensor, shape in zip(tensors, self._kept, strict=True):
@@ -229,8 +246,8 @@ class PlainLayers:
         grad_h_n: Tensor | None,
         grad_c_n: Tensor | None,
         addresses: Sequence[int],
-        needed: Sequence[bool],
-    ) -> list[Tensor | None]:
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
         """Differentiate the layers.
 
         Args:
@@ -238,80 +255,69 @@ class PlainLayers:
                 zeros; a cell has none.
             grad_h_n: like h_n, with any strides, or None for zeros.
             grad_c_n: like c_n, likewise.
-            addresses: of the call's tensors, of the outputs (not of a cell), and of what the
-                forward pass saved.
+            addresses: of the call's tensors, and of what `forward` returned behind h_n and c_n.
             needed: which gradients are wanted, of the call's tensors.
 
         Returns:
-            Gradients of the call's tensors; None for those that are not wanted.
+            Gradients of the call's tensors; None for those that are not wanted, unless they are of
+            one layer with some that are.
 
         Raises:
             LibraryUnavailableError: if there is no native library.
             MemoryError: if there is no memory for the kernel's scratch.
         """
-        dtype, first = self._dtype, self.first_weight
-        of_layer = self.each * self.directions
-        lowest, grads = 0, [None] * len(needed)  # type: list[Tensor | None]
-        # Below the lowest weights that want a gradient nothing is differentiated.
-        if True not in needed[:first]:
-            lowest = (needed.index(True) - first) // of_layer
-        h0_at = c0_at = 0
-        grad_states_at = [0, 0]
-        if self._states:
-            h0_at, c0_at = addresses[1:3]
-            for k in (0, 1):
-                if needed[1 + k]:
-                    grad = _empty(*self._state_form, dtype)
-                    grads[1 + k], grad_states_at[k] = grad, grad.data_ptr()
-        grad_h0_at, grad_c0_at = grad_states_at
-        grad_h_n = None if grad_h_n is None else grad_h_n.contiguous()
-        grad_c_n = None if grad_c_n is None else grad_c_n.contiguous()
-        grad_h_n_at, grad_c_n_at = _address(grad_h_n), _address(grad_c_n)
+        gradients = self._gradients.get(needed) or self._allocate_backward(needed)
+        forms, in_turn = gradients.allocation
+        results: list[Any] = list(starmap(_empty, forms))
         strides = self._output_strides
         if grad_output is not None and not grad_output.is_contiguous():
             grad_output = _rows(grad_output)
             strides = _time_and_batch(grad_output, False)
-        saved = len(addresses) - self.num_layers
-        outputs = saved if self.cell else saved - self.num_layers
-        run, threads = load().plain_backward, torch.get_num_threads()
-        for layer in reversed(range(lowest, self.num_layers)):
-            own, state = first + of_layer * layer, layer * self._state_bytes
-            form = self._output_form if layer else self._input_form
-            grad_inputs: list[Tensor] = []
-            grad_inputs_at, grad_weights_at = [0, 0], [0] * of_layer
-            if needed[0] or layer > lowest:
-                for d in range(self.directions):
-                    grad_inputs.append(_empty(*form, dtype))
-                    grad_inputs_at[d] = grad_inputs[d].data_ptr()
-            if True in needed[own : own + of_layer]:
-                for k in range(of_layer):
-                    grad = _empty(*self._weight_forms[own - first + k], dtype)
-                    grads[own + k], grad_weights_at[k] = grad, grad.data_ptr()
-            tensors = _BACKWARD.pack(
-                addresses[outputs + layer - 1] if layer else addresses[0],
-                h0_at and h0_at + state,
-                c0_at and c0_at + state,
-                0 if self.cell else addresses[outputs + layer],
-                addresses[saved + layer],
-                _address(grad_output),
-                *strides,
-                grad_h_n_at and grad_h_n_at + state,
-                grad_c_n_at and grad_c_n_at + state,
-                grad_h0_at and grad_h0_at + state,
-                grad_c0_at and grad_c0_at + state,
-                *grad_inputs_at,
-                *addresses[own : own + of_layer],
-                *self._no_weights,
-                *grad_weights_at,
-                *self._no_weights,
-            )
-            status = run(self._layers[layer], tensors, threads, launch._instruction_set)
-            if status:
-                _check(status, "backward")
-            grad_output, strides = None, self._output_strides
-            if grad_inputs:
-                grad_output, *others = grad_inputs
-                for other in others:
-                    grad_output += other
-        grads[0] = grad_output
-        return grads
+        grad_h_n = None if grad_h_n is None else grad_h_n.contiguous()
+        grad_c_n = None if grad_c_n is None else grad_c_n.contiguous()
+        given = _address(grad_output), _address(grad_h_n), _address(grad_c_n)
+        status = load().plain_backward(
+            self._layers,
+            self._pack_backward(
+                *addresses, *self._no_output, *given, *in_turn([*map(_address_of, results), 0])
+            ),
+            *strides,
+            torch.get_num_threads(),
+            launch._instruction_set,
+        )
+        if status:
+            _check(status, "backward")
+        results.append(None)
+        return gradients.of_tensors(results)
+
+    def _allocate_backward(self, needed: tuple[bool, ...]) -> _Gradients:
+        """Find out, and remember, what a backward pass allocates."""
+        first, of_layer = self.first_weight, self.each * self.directions
+        layers = range(self.num_layers)
+        wanted = [*needed[:first]]
+        for layer in layers:
+            own = first + of_layer * layer
+            wanted += [True in needed[own : own + of_layer]] * of_layer
+        lowest = 0 if True in wanted[:first] else (wanted.index(True) - first) // of_layer
+        # Of the inputs of layers above the lowest one, which take turns, and of x.
+        between = [self._output_form] * self.directions
+        turns = [any((layer - 1) % 2 == turn for layer in layers[lowest + 1 :]) for turn in (0, 1)]
+        x = self._form(self.shapes[0])
+        forms, places = [], []
+        for form, want in [
+            *zip(map(self._form, self.shapes), wanted, strict=True),
+            *[(form, turn) for turn in turns for form in between],
+            (x, self.directions > 1 and needed[0]),
+        ]:
+            places.append(len(forms) if want else -1)
+            if want:
+                forms.append(form)
+        gradients = _Gradients(
+            _Allocation(forms, itemgetter(*places)), itemgetter(*places[: len(needed)])
+        )
+        self._gradients[needed] = gradients
+        return gradients
+
+
+def _packer(addresses: int) -> Callable[..., bytes]:
+    return struct.Struct(f"={addresses}q").pack

@@ -10,6 +10,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "layout.h"
@@ -82,12 +83,14 @@ class Memory {
 
 constexpr size_t kHugePage = size_t{1} << 21;
 
-// Ask for huge pages: a large fresh buffer then costs a page fault every 2 MiB, not every 4 KiB.
+// Ask for huge pages: a large fresh buffer then costs a page fault every 2 MiB, not every 4 KiB. One
+// that two buffers share is asked for as well, for its halves.
 inline void advise_huge_pages(void *data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (!data || bytes < 2 * kHugePage) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
   if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data;

@@ -810,19 +810,23 @@ def test_plain_layers_are_the_general_ones(dtype, states, kind, T, B, I, H):  # 
     for context in every_setting():
         with context:
             results, gradients = general_layers(x, h0, c0, weights, grads, D, batch_first)
-            outputs, h_n, c_n, saved = layers.forward(addresses(tensors), True)
+            h_n, c_n, *kept = layers.forward(addresses(tensors), True)
             unsaved = layers.forward(addresses(tensors), False)
-            for actual in ((outputs[-1], h_n, c_n), (unsaved[0][-1], *unsaved[1:3])):
+            cell = kind.get("cell")
+            for actual in (
+                (h_n if cell else kept[-1], h_n, c_n),
+                (unsaved[0] if cell else unsaved[-1], *unsaved[:2]),
+            ):
                 for a, b in zip(actual, results, strict=True):
                     assert torch.equal(a, b)
-            assert unsaved[3] == []
-            kept = [*tensors, *([] if kind.get("cell") else outputs), *saved]
+            assert len(unsaved) == (2 if cell else 2 + min(L, 2))
+            kept = [*tensors, *kept]
             assert layers.fits(*kept)
             expected = [
                 g for k, g in enumerate(gradients) if g is not None and (states or k not in (1, 2))
             ]
             for of_x, of_h0, of_c0 in itertools.product([False, True], repeat=3):
-                needed = [of_x, *([of_h0, of_c0] if states else []), *[True] * len(weights_given)]
+                needed = (of_x, *([of_h0, of_c0] if states else []), *[True] * len(weights_given))
                 for arrange in (list, lambda ts: [t if t is None else strided(t) for t in ts]):
                     actual = layers.backward(*arrange(grads), addresses(kept), needed)
                     for want, a, b in zip(needed, actual, expected, strict=True):
@@ -839,16 +843,16 @@ def test_plain_layers_without_some_gradients(dtype, D):
     flat = [w for own in weights for w in own[:4]]
     layers = PlainLayers(x.shape, x.stride(), 6, 3, D, True, False, True, dtype)
     tensors = [x, h0, c0, *flat]
-    outputs, _, _, saved = layers.forward(addresses(tensors), True)
-    kept = addresses([*tensors, *outputs, *saved])
-    everything = [True] * (3 + len(flat))
+    saved = layers.forward(addresses(tensors), True)[2:]
+    kept = addresses([*tensors, *saved])
+    everything = (True,) * (3 + len(flat))
     for given in itertools.product([False, True], repeat=3):
         some = [g if keep else None for g, keep in zip(grads, given, strict=True)]
         actual = layers.backward(*some, kept, everything)
         expected = general_layers(x, h0, c0, weights, some, D, False)[1]
         assert all(map(torch.equal, actual, expected))
     for lowest in range(3):
-        needed = [False] * 3 + [k >= 4 * D * lowest for k in range(len(flat))]
+        needed = (False,) * 3 + tuple(k >= 4 * D * lowest for k in range(len(flat)))
         some = layers.backward(*grads, kept, needed)
         for want, a, b in zip(needed, some, actual, strict=True):
             assert torch.equal(a, b) if want else a is None
@@ -859,9 +863,8 @@ def test_plain_layers_know_tensors_that_do_not_fit(dtype):
     x, h0, c0, weights, _ = plain_inputs(dtype, 5, 3, 4, 6, L=2)
     flat = [w for own in weights for w in own[:4]]
     layers = PlainLayers(x.shape, x.stride(), 6, 2, 1, True, False, True, dtype)
-    outputs, _, _, saved = layers.forward(addresses([x, h0, c0, *flat]), True)
-
-    right = [x, h0, c0, *flat, *outputs, *saved]
+    right = [x, h0, c0, *flat]
+    right += layers.forward(addresses(right), True)[2:]
     assert layers.fits(*right)
     for k, tensor in enumerate(right):
         if k < 3 + len(flat) and tensor.dim() == 1:
