@@ -479,13 +479,22 @@ class LSTMCell(nn.LSTMCell):
             BackendUnavailableError: if the named backend cannot run the problem.
         """
         parameters = self._parameters
+        given: tuple[Any, ...] | None = None
         if type(input) is Tensor:
+            try:
+                given = (
+                    parameters["weight_ih"],
+                    parameters["weight_hh"],
+                    parameters["bias_ih"],
+                    parameters["bias_hh"],
+                )
+            except KeyError:
+                # One is elsewhere: pruned, parametrized, a buffer.
+                given = None
+        if given is not None:
             # What a stream of single steps looks like.
-            given: tuple[Any, ...] = tuple(map(parameters.get, _WEIGHTS_OF_A_CELL))
             bias = not (given[2] is given[3] is None)
-            # One that is elsewhere (pruned, parametrized, a buffer) is there all the same.
-            if not bias and "bias_ih" in parameters and "bias_hh" in parameters:
-                given = given[:2]
+            given = given if bias else given[:2]
             result = plain_layers(
                 input, hx, given, self.backend, True, self.input_size, self.hidden_size, bias
             )

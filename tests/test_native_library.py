@@ -74,11 +74,8 @@ int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrence, 
                                        int64_t, int64_t) {
   return int32_t(recurrence->eps);
 }
-int32_t fused_lstm_plain_forward(const LstmPlain *, void *const *, int64_t, int64_t) { return 0; }
-int32_t fused_lstm_plain_backward(const LstmPlain *, void *const *, int64_t, int64_t, int64_t,
-                                  int64_t) {
-  return 0;
-}
+int32_t fused_lstm_plain_forward(const LstmPlain *) { return 0; }
+int32_t fused_lstm_plain_backward(const LstmPlain *) { return 0; }
 }
 """.replace("return NAMES", 'return "avx2,baseline"')
 

@@ -645,11 +645,8 @@ class BackwardMember : protected Member {
   }
   void add_up(Real *sum, const Real *other, int64_t count) {
     if (!sum) return;
-    const Share mine = share_of_all(divide_up(count, S::kWidth));
-    for (int64_t v = mine.begin; v < mine.end; ++v) {
-      const int64_t i = v * S::kWidth;
-      S::store(sum + i, S::load(sum + i, count - i) + S::load(other + i, count - i), count - i);
-    }
+    const Share mine = share_of_all(count);
+    add_to(sum + mine.begin, other + mine.begin, mine.end - mine.begin);
   }
 
   // δx = δa·W_ih

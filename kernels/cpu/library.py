@@ -35,8 +35,7 @@ _ELF_SEGMENT_ENTRY = 56
 _ELF_SEGMENT_LOADED = 1
 
 Run = Callable[[bytes, int, int, int, int], int]
-RunPlainForward = Callable[[bytes, bytes, int, int], int]
-RunPlainBackward = Callable[[bytes, bytes, int, int, int, int], int]
+RunPlain = Callable[[bytes], int]
 
 
 class LibraryUnavailableError(RuntimeError):
@@ -57,10 +56,9 @@ class Library:
         backward: `fused_lstm_backward`, likewise.
         layer_norm_forward: `fused_lstm_layer_norm_forward`, likewise.
         layer_norm_backward: `fused_lstm_layer_norm_backward`, likewise.
-        plain_forward: `fused_lstm_plain_forward(layers, addresses, threads, instruction_set)`, with
-            a structure and a list of addresses as `bytes`.
-        plain_backward: `fused_lstm_plain_backward(layers, addresses, grad_output_stride_t,
-            grad_output_stride_b, threads, instruction_set)`, likewise.
+        plain_forward: `fused_lstm_plain_forward(layers)`, with a structure and the addresses behind
+            it as `bytes`; likewise.
+        plain_backward: `fused_lstm_plain_backward(layers)`, likewise.
         openmp: whether it has PyTorch's OpenMP runtime. Without one it takes a single thread.
         openmp_reason: why it does not, else empty.
     """
@@ -72,8 +70,8 @@ class Library:
     backward: Run
     layer_norm_forward: Run
     layer_norm_backward: Run
-    plain_forward: RunPlainForward
-    plain_backward: RunPlainBackward
+    plain_forward: RunPlain
+    plain_backward: RunPlain
     openmp: bool
     openmp_reason: str
 
@@ -162,8 +160,8 @@ def _open(path: Path) -> Library:
     for run in runs:
         run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
         run.restype = ctypes.c_int32
-    for run, numbers in zip(plain_runs, (2, 4), strict=True):
-        run.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * numbers]
+    for run in plain_runs:
+        run.argtypes = [ctypes.c_void_p]
         run.restype = ctypes.c_int32
     names = tuple((instruction_sets() or b"").decode("ascii", "replace").split(","))
     if not names[0]:

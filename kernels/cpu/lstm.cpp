@@ -220,8 +220,8 @@ int32_t checked(const Arguments *recurrences, int64_t count, int64_t threads,
   return run(*sets.sets[instruction_set], alone ? 1 : threads);
 }
 
-bool plain_fits(const LstmPlain *layers, void *const *addresses) {
-  return layers && addresses && layers->layers >= 1 && layers->directions >= 1 &&
+bool plain_fits(const LstmPlain *layers) {
+  return layers && layers->layers >= 1 && layers->directions >= 1 &&
          layers->directions <= plain::kMostDirections;
 }
 
@@ -290,41 +290,37 @@ int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrences,
                  });
 }
 
-int32_t fused_lstm_plain_forward(const LstmPlain *layers, void *const *addresses, int64_t threads,
-                                 int64_t instruction_set) {
-  if (!plain_fits(layers, addresses)) return kLstmBadArgument;
-  const plain::ForwardTensors tensors(*layers, addresses);
+int32_t fused_lstm_plain_forward(const LstmPlain *layers) {
+  if (!plain_fits(layers)) return kLstmBadArgument;
+  const plain::ForwardTensors tensors(*layers);
   int32_t status = kLstmOk;
   for (int64_t l = 0; status == kLstmOk && l < layers->layers; ++l) {
     LstmForward recurrences[plain::kMostDirections];
     for (int64_t d = 0; d < layers->directions; ++d) {
       recurrences[d] = plain::forward(*layers, tensors, l, d);
     }
-    status = fused_lstm_forward(recurrences, layers->directions, layers->dtype, threads,
-                                instruction_set);
+    status = fused_lstm_forward(recurrences, layers->directions, layers->dtype, layers->threads,
+                                layers->instruction_set);
   }
   return status;
 }
 
-int32_t fused_lstm_plain_backward(const LstmPlain *layers, void *const *addresses,
-                                  int64_t grad_output_stride_t, int64_t grad_output_stride_b,
-                                  int64_t threads, int64_t instruction_set) {
-  if (!plain_fits(layers, addresses)) return kLstmBadArgument;
-  const plain::BackwardTensors tensors(*layers, addresses);
+int32_t fused_lstm_plain_backward(const LstmPlain *layers) {
+  if (!plain_fits(layers)) return kLstmBadArgument;
+  const plain::BackwardTensors tensors(*layers);
   int32_t status = kLstmOk;
   for (int64_t l = layers->layers; status == kLstmOk && l-- > tensors.lowest;) {
     LstmBackward recurrences[plain::kMostDirections];
     for (int64_t d = 0; d < layers->directions; ++d) {
-      recurrences[d] =
-          plain::backward(*layers, tensors, grad_output_stride_t, grad_output_stride_b, l, d);
+      recurrences[d] = plain::backward(*layers, tensors, l, d);
     }
-    status = fused_lstm_backward(recurrences, layers->directions, layers->dtype, threads,
-                                 instruction_set);
+    status = fused_lstm_backward(recurrences, layers->directions, layers->dtype, layers->threads,
+                                 layers->instruction_set);
     const LstmBackward &first = recurrences[0];
     for (int64_t d = 1; status == kLstmOk && first.grad_x.data && d < layers->directions; ++d) {
-      supported().sets[instruction_set]->add(first.grad_x.data, recurrences[d].grad_x.data,
-                                             first.steps * first.batch * first.input_size,
-                                             layers->dtype);
+      supported().sets[layers->instruction_set]->add(
+          first.grad_x.data, recurrences[d].grad_x.data,
+          first.steps * first.batch * first.input_size, layers->dtype);
     }
   }
   return status;

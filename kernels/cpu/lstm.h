@@ -134,9 +134,29 @@ struct LstmLayerNormBackward : LstmBackward {
   double eps;
 };
 
-// Layers without projection, packing and modifiers, one upon another, or a cell: what is known of their
-// tensors before there are any. For small ones it takes as long to fill the structures above as to
-// compute; of these a call has to bring no more than addresses.
+// Layers without projection, packing and modifiers, one upon another, or a cell. For small ones it
+// takes as long to fill the structures above as to compute: what is known before there are tensors
+// comes first, and the addresses of all tensors follow this structure. All but x and grad_output are
+// contiguous.
+//
+// To compute them:
+//   x                      [T, B, I]
+//   h0, c0                 [L*D, B, H], if they are given
+//   weights                of each layer and direction weight_ih, weight_hh and, if there are any,
+//                          bias_ih and bias_hh
+//   h_n, c_n               out [L*D, B, H]
+//   saved, L times         out [D, T*B*5H]: activations [T, B, 4H], then c [T, B, H]; or null
+//   output, L times        out [T, B, D*H]; two layers that do not follow each other may share one
+//
+// To differentiate them, but none below the lowest of which a gradient is wanted:
+//   x, h0, c0, weights     as above
+//   saved, output          as above; outputs may be null where T is 1
+//   grad_output            [T, B, D*H], or null for zeros
+//   grad_h_n, grad_c_n     [L*D, B, H], or null for zeros
+//   gradients              out, like x, h0, c0 and weights, or null; of a layer's weights all or none
+//   between, 2*D times     scratch [T, B, D*H]; the last D may be null below three layers, and all of
+//                          one layer
+//   another gradient of x  scratch, or null where D is 1 or none is wanted
 struct LstmPlain {
   int64_t dtype;       // LstmDtype
   int64_t layers;      // L
@@ -149,6 +169,9 @@ struct LstmPlain {
   int64_t states;                           // whether h0 and c0 are given; else they are zeros
   int64_t x_stride_t, x_stride_b;           // of [T, B, I]
   int64_t grad_x_stride_t, grad_x_stride_b;
+  int64_t grad_output_stride_t, grad_output_stride_b;
+  int64_t threads;
+  int64_t instruction_set;
 };
 
 // The version of this interface that the library was built with.
@@ -185,29 +208,8 @@ int32_t fused_lstm_layer_norm_forward(const LstmLayerNormForward *recurrences, i
 int32_t fused_lstm_layer_norm_backward(const LstmLayerNormBackward *recurrences, int64_t count,
                                        int64_t dtype, int64_t threads, int64_t instruction_set);
 
-// Compute plain layers. All tensors but x are contiguous; of them `addresses` holds
-//   x                      [T, B, I]
-//   h0, c0                 [L*D, B, H], if they are given
-//   weights                of each layer and direction weight_ih, weight_hh and, if there are any,
-//                          bias_ih and bias_hh
-//   h_n, c_n               out [L*D, B, H]
-//   saved, L times         out [D, T*B*5H]: activations [T, B, 4H], then c [T, B, H]; or null
-//   output, L times        out [T, B, D*H]; two layers that do not follow each other may share one
-int32_t fused_lstm_plain_forward(const LstmPlain *layers, void *const *addresses, int64_t threads,
-                                 int64_t instruction_set);
-
-// Differentiate plain layers, but none below the lowest of which a gradient is wanted. `addresses`
-// holds
-//   x, h0, c0, weights     as above
-//   saved, output          as above; outputs may be null where T is 1
-//   grad_output            [T, B, D*H] with strides of its own, or null for zeros
-//   grad_h_n, grad_c_n     [L*D, B, H], or null for zeros
-//   gradients              out, like x, h0, c0 and weights, or null; of a layer's weights all or none
-//   between, 2*D times     scratch [T, B, D*H]; the last D may be null below three layers, and all of
-//                          one layer
-//   another gradient of x  scratch, or null where D is 1 or none is wanted
-int32_t fused_lstm_plain_backward(const LstmPlain *layers, void *const *addresses,
-                                  int64_t grad_output_stride_t, int64_t grad_output_stride_b,
-                                  int64_t threads, int64_t instruction_set);
+// Compute plain layers, and differentiate them. Addresses follow the structure.
+int32_t fused_lstm_plain_forward(const LstmPlain *layers);
+int32_t fused_lstm_plain_backward(const LstmPlain *layers);
 
 }  // extern "C"

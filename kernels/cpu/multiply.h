@@ -197,3 +197,13 @@ INLINE void pack_transposed(int64_t depth, Real *out, int64_t step, Row row) {
   }
 #endif
 }
+
+// sums[0 ... count-1] += others
+template <class Real>
+static void add_to(Real *sums, const Real *others, int64_t count) {
+  typedef Simd<Real> S;
+  for (int64_t i = 0; i < count; i += S::kWidth) {
+    const int64_t left = count - i;
+    S::store(sums + i, S::load(sums + i, left) + S::load(others + i, left), left);
+  }
+}

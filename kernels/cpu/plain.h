@@ -26,13 +26,17 @@ struct Tensors {
   static int64_t each(const LstmPlain &layers) { return layers.biases ? 4 : 2; }
 };
 
-// What `addresses` of lstm.h holds.
+// The addresses behind a structure, see lstm.h.
+inline void *const *addresses(const LstmPlain &layers) {
+  return reinterpret_cast<void *const *>(&layers + 1);
+}
+
 struct ForwardTensors : Tensors {
   void *h_n, *c_n;
   void *const *saved, *const *outputs;
 
-  ForwardTensors(const LstmPlain &layers, void *const *addresses)
-      : Tensors(layers, addresses),
+  explicit ForwardTensors(const LstmPlain &layers)
+      : Tensors(layers, addresses(layers)),
         h_n(end[0]),
         c_n(end[1]),
         saved(end + 2),
@@ -45,8 +49,8 @@ struct BackwardTensors : Tensors {
   void *const *between;
   int64_t lowest;  // the lowest layer of which a gradient is wanted
 
-  BackwardTensors(const LstmPlain &layers, void *const *addresses)
-      : Tensors(layers, addresses),
+  explicit BackwardTensors(const LstmPlain &layers)
+      : Tensors(layers, addresses(layers)),
         saved(end),
         outputs(saved + layers.layers),
         grads(outputs + layers.layers),
@@ -152,13 +156,13 @@ inline LstmForward forward(const LstmPlain &layers, const ForwardTensors &tensor
 }
 
 // Of a layer that is not below the lowest one.
-inline LstmBackward backward(const LstmPlain &layers, const BackwardTensors &tensors,
-                             int64_t grad_output_stride_t, int64_t grad_output_stride_b,
-                             int64_t layer, int64_t direction) {
+inline LstmBackward backward(const LstmPlain &layers, const BackwardTensors &tensors, int64_t layer,
+                             int64_t direction) {
   const Direction own(layers, layer, direction);
   LstmBackward a = recurrence<LstmBackward>(layers, tensors, layer, direction);
   a.grad_h = layer + 1 == layers.layers
-                 ? own.output(tensors.grads[0], grad_output_stride_t, grad_output_stride_b)
+                 ? own.output(tensors.grads[0], layers.grad_output_stride_t,
+                              layers.grad_output_stride_b)
                  : own.output(tensors.grad_input(layers, layer + 1, 0));
   a.grad_h_n = own.state(tensors.grads[1]);
   a.grad_c_n = own.state(tensors.grads[2]);

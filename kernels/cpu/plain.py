@@ -33,8 +33,10 @@ except ImportError:
 
 __all__ = ["PlainLayers"]
 
-# LstmPlain in lstm.h, eight bytes a field.
+# LstmPlain in lstm.h, eight bytes a field: what is known of all calls, and what a call adds, before
+# its addresses.
 _LAYERS = struct.Struct("=13q")
+_OF_A_CALL = 4
 
 _address_of = Tensor.data_ptr
 
@@ -152,8 +154,9 @@ class PlainLayers:
         # A cell keeps no output, and of one step the kernel needs none.
         self._no_output = (0,) if cell else ()
         given, between = 3, 2 * directions + 1
-        self._pack_forward = _packer(len(self.shapes) + 2 + 2 * num_layers)
-        self._pack_backward = _packer(2 * len(self.shapes) + 2 * num_layers + given + between)
+        addresses = len(self.shapes) + 2 * num_layers
+        self._pack_forward = _packer(addresses + 2)
+        self._pack_backward = _packer(addresses + given + len(self.shapes) + between)
 
     def _form(self, shape: tuple[int, ...]) -> _Form:
         strides = [1]
@@ -207,12 +210,15 @@ class PlainLayers:
         """
         forms, in_turn = self._saving if save else self._passing
         results = list(starmap(_empty, forms))
-        status = load().plain_forward(
-            self._layers,
-            self._pack_forward(*addresses, *in_turn([*map(_address_of, results), 0])),
+        of_call = self._pack_forward(
+            0,
+            0,
             torch.get_num_threads(),
             launch._instruction_set,
+            *addresses,
+            *in_turn([*map(_address_of, results), 0]),
         )
+        status = load().plain_forward(self._layers + of_call)
         if status:
             _check(status, "forward")
         return results
@@ -275,16 +281,18 @@ class PlainLayers:
             strides = _time_and_batch(grad_output, False)
         grad_h_n = None if grad_h_n is None else grad_h_n.contiguous()
         grad_c_n = None if grad_c_n is None else grad_c_n.contiguous()
-        given = _address(grad_output), _address(grad_h_n), _address(grad_c_n)
-        status = load().plain_backward(
-            self._layers,
-            self._pack_backward(
-                *addresses, *self._no_output, *given, *in_turn([*map(_address_of, results), 0])
-            ),
+        of_call = self._pack_backward(
             *strides,
             torch.get_num_threads(),
             launch._instruction_set,
+            *addresses,
+            *self._no_output,
+            _address(grad_output),
+            _address(grad_h_n),
+            _address(grad_c_n),
+            *in_turn([*map(_address_of, results), 0]),
         )
+        status = load().plain_backward(self._layers + of_call)
         if status:
             _check(status, "backward")
         results.append(None)
@@ -320,4 +328,4 @@ class PlainLayers:
 
 
 def _packer(addresses: int) -> Callable[..., bytes]:
-    return struct.Struct(f"={addresses}q").pack
+    return struct.Struct(f"={_OF_A_CALL + addresses}q").pack

@@ -445,20 +445,11 @@ static int32_t layer_norm_backward(const LstmLayerNormBackward *recurrences, int
   return run_dtype<LayerNormBackward>(recurrences, count, dtype, threads, scratch);
 }
 
-template <class Real>
-static void add_all(Real *sums, const Real *others, int64_t count) {
-  typedef Simd<Real> S;
-  for (int64_t i = 0; i < count; i += S::kWidth) {
-    const int64_t left = count - i;
-    S::store(sums + i, S::load(sums + i, left) + S::load(others + i, left), left);
-  }
-}
-
 // Add `count` numbers, float or double, to as many others.
 static void add(void *sums, const void *others, int64_t count, int64_t dtype) {
   if (dtype == kLstmFloat32)
-    add_all(static_cast<float *>(sums), static_cast<const float *>(others), count);
+    add_to(static_cast<float *>(sums), static_cast<const float *>(others), count);
   else
-    add_all(static_cast<double *>(sums), static_cast<const double *>(others), count);
+    add_to(static_cast<double *>(sums), static_cast<const double *>(others), count);
 }
 #endif
