@@ -123,16 +123,16 @@ class _Call:
         differentiated: whether a gradient may be asked for.
         bfloat16: whether the tensors are.
         alike: tells the tensors of other such calls.
-        readable: of backward passes with so many gradients, what tells whether a kernel can read
-            them and what was kept for it.
+        backward_alike: by the number of gradients, what tells those of other backward passes and
+            what was kept for them.
     """
 
-    __slots__ = ("alike", "bfloat16", "differentiated", "kernel", "readable")
+    __slots__ = ("alike", "backward_alike", "bfloat16", "differentiated", "kernel")
 
     def __init__(self, kernel: Any, differentiated: bool, bfloat16: bool) -> None:
         self.kernel, self.differentiated, self.bfloat16 = kernel, differentiated, bfloat16
         self.alike: Alike = _unlike
-        self.readable: dict[int, list[Alike]] = {}
+        self.backward_alike: dict[int, list[Alike]] = {}
 
 
 def _unlike(*tensors: Tensor) -> bool:
@@ -285,7 +285,7 @@ class PlainLayersFunction(torch.autograd.Function):
         if not given:
             return (None,) * (2 + len(needed))
         kernel, kept = call.kernel, ctx.saved_tensors
-        if not torch.is_grad_enabled() and _readable(call, given, kept):
+        if not torch.is_grad_enabled() and _kernel_can_read(call, given, kept):
             if kernel.cell:
                 grads = None, *grads
             return None, None, *kernel.backward(*grads, kernel.addresses(kept), needed)
@@ -301,7 +301,7 @@ _apply: Callable[..., tuple[Tensor, ...]]
 _apply = super(torch.autograd.Function, PlainLayersFunction).apply
 
 
-def _readable(call: _Call, grads: list[Tensor], kept: tuple[Tensor, ...]) -> bool:
+def _kernel_can_read(call: _Call, grads: list[Tensor], kept: tuple[Tensor, ...]) -> bool:
     """Whether a kernel can read gradients, and what was kept for a backward pass is what it needs.
 
     Where it is not, a parameter has been given other memory (`.data`), or a hook on saved tensors
@@ -309,7 +309,7 @@ def _readable(call: _Call, grads: list[Tensor], kept: tuple[Tensor, ...]) -> boo
     """
     if dual_numbers_under_way():
         return False
-    questions = call.readable.get(len(grads), [])
+    questions = call.backward_alike.get(len(grads), [])
     for alike in questions:
         if alike(*grads, *kept):
             return True
@@ -319,7 +319,7 @@ def _readable(call: _Call, grads: list[Tensor], kept: tuple[Tensor, ...]) -> boo
     if call.alike is not _unlike and (question := tensors_like((*grads, *kept))) is not None:
         if len(questions) >= _BACKWARDS_OF_A_CALL:
             questions = []
-        call.readable[len(grads)] = [*questions, question]
+        call.backward_alike[len(grads)] = [*questions, question]
     return True
 
 

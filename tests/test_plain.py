@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from fused_lstm.kernels import cpu as kernels
 from fused_lstm.kernels.cpu import LibraryUnavailableError, load
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -159,7 +160,7 @@ def test_tensors_alike_are_looked_at_once(name, states, looks):
         assert_torchs(module, make_input(module), make_states(module) if states else None)
     assert looks == [True]
     for call in itertools.chain(*plain._calls.values()):
-        assert call.readable
+        assert call.backward_alike
 
 
 @modules
@@ -348,7 +349,113 @@ def test_a_cell_is_compiled_in_one_piece():
     torch.testing.assert_close(compiled(x), expected)
 
 
+# Gradients that come
+
+ODD_GRADIENTS = {
+    "a lazy negation": lambda g: torch._neg_view(-g),
+    "zeros without memory": lambda g: torch._efficientzerotensor(g.shape, dtype=g.dtype),
+    "a subclass": lambda g: g.as_subclass(type("Other", (torch.Tensor,), {})),
+    "expanded": lambda g: g[:1].expand(g.shape),
+    "transposed": transposed,
+    "with gaps": gaps,
+}
+
+
+@two_modules
+@pytest.mark.parametrize("kind", ODD_GRADIENTS)
+def test_gradients_of_all_kinds_in_turns(name, kind):
+    """What is remembered of ordinary ones is not held true of others."""
+    module = make(name)
+    x = make_input(module).requires_grad_()
+    wanted = [x, *module.parameters()]
+
+    def gradients(g, **options):
+        return torch.autograd.grad(results_of(module, x)[0], wanted, g, **options)
+
+    for _ in range(3):
+        g = torch.randn_like(results_of(module, x)[0])
+        expected = gradients(g)
+        odd = ODD_GRADIENTS[kind](g)
+        ordinary = odd.as_subclass(torch.Tensor).clone(memory_format=torch.contiguous_format)
+        torch.testing.assert_close(gradients(odd), gradients(ordinary))
+        batched = gradients(torch.stack([g, -2 * g]), is_grads_batched=True)
+        for actual, one in zip(batched, expected, strict=True):
+            torch.testing.assert_close(actual, torch.stack([one, -2 * one]))
+
+
+@two_modules
+def test_a_gradient_that_is_given_twice(name):
+    module = make(name)
+    leaves = [make_input(module), *make_states(module)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    g = torch.randn_like(leaves[-1])
+    for given in ((g, g), (g, g.clone()), (g, g)):
+        states = results_of(module, leaves[0], tuple(leaves[1:]))[-2:]
+        theirs = results_of(as_torch(module), leaves[0], tuple(leaves[1:]))[-2:]
+        torch.testing.assert_close(
+            torch.autograd.grad(states, leaves, given), torch.autograd.grad(theirs, leaves, given)
+        )
+
+
+@two_modules
+def test_gradients_with_tangents_after_others(name):
+    module = make(name)
+    x = make_input(module).requires_grad_()
+    g, tangent = torch.randn(2, *results_of(module, x)[0].shape, dtype=x.dtype)
+    for _ in range(2):
+        torch.autograd.grad(results_of(module, x)[0], x, g)
+    (expected,) = torch.autograd.grad(results_of(module, x)[0], x, tangent)
+    out = results_of(module, x)[0]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(g, tangent)
+        (found,) = torch.autograd.grad(out, x, dual)
+        found = torch.autograd.forward_ad.unpack_dual(found).tangent
+    assert found is not None
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("D", [1, 2])
+def test_any_one_gradient_of_a_stack(D, states):
+    """Nothing is differentiated below it, and nothing beside it is written that is not there."""
+    module = fused_lstm.LSTM(I, H, num_layers=3, bidirectional=D == 2, dtype=torch.float64)
+    x, hx = make_input(module), make_states(module) if states else None
+    leaves = [x, *(hx or ()), *module.parameters()]
+    for wanted in leaves:
+        for leaf in leaves:
+            leaf.requires_grad_(leaf is wanted)
+        assert_torchs(module, x, hx)
+
+
 # How much is remembered
+
+
+def test_little_is_remembered_of_backward_passes():
+    module = make("stack")
+    x = make_input(module)
+    for width in range(2 * H, 2 * H + 20):
+        g = torch.randn(*x.shape[:2], width, dtype=x.dtype)[..., : 2 * H]
+        for parameter in module.parameters():
+            parameter.requires_grad_(bool(torch.rand(()) < 0.5))
+        module.weight_hh_l1.requires_grad_()
+        torch.autograd.grad(results_of(module, x)[0], module.weight_hh_l1, g)
+        for call in itertools.chain(*plain._calls.values()):
+            questions = call.backward_alike.values()
+            assert all(0 < len(each) <= plain._BACKWARDS_OF_A_CALL for each in questions)
+
+
+def test_few_patterns_of_gradients_are_remembered(monkeypatch):
+    monkeypatch.setattr(kernels.plain, "_PATTERNS", 3)
+    module = make("stack")
+    x, seen = make_input(module), []
+    for wanted in itertools.islice(itertools.product([False, True], repeat=4), 1, None):
+        for parameter, want in zip(module.parameters(), wanted, strict=False):
+            parameter.requires_grad_(want)
+        assert_torchs(module, x)
+        for call in itertools.chain(*plain._calls.values()):
+            seen.append(len(call.kernel._gradients))
+    assert max(seen) == 3
 
 
 @pytest.mark.parametrize("rooms", [1, 2])

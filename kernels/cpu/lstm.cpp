@@ -309,7 +309,7 @@ int32_t fused_lstm_plain_backward(const LstmPlain *layers) {
   if (!plain_fits(layers)) return kLstmBadArgument;
   const plain::BackwardTensors tensors(*layers);
   int32_t status = kLstmOk;
-  for (int64_t l = layers->layers; status == kLstmOk && l-- > tensors.lowest;) {
+  for (int64_t l = layers->layers; status == kLstmOk && l-- > layers->lowest;) {
     LstmBackward recurrences[plain::kMostDirections];
     for (int64_t d = 0; d < layers->directions; ++d) {
       recurrences[d] = plain::backward(*layers, tensors, l, d);

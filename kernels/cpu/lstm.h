@@ -148,14 +148,14 @@ struct LstmLayerNormBackward : LstmBackward {
 //   saved, L times         out [D, T*B*5H]: activations [T, B, 4H], then c [T, B, H]; or null
 //   output, L times        out [T, B, D*H]; two layers that do not follow each other may share one
 //
-// To differentiate them, but none below the lowest of which a gradient is wanted:
+// To differentiate them, but none below `lowest`:
 //   x, h0, c0, weights     as above
 //   saved, output          as above; outputs may be null where T is 1
 //   grad_output            [T, B, D*H], or null for zeros
 //   grad_h_n, grad_c_n     [L*D, B, H], or null for zeros
 //   gradients              out, like x, h0, c0 and weights, or null; of a layer's weights all or none
-//   between, 2*D times     scratch [T, B, D*H]; the last D may be null below three layers, and all of
-//                          one layer
+//   between, 2*D times     scratch [T, B, D*H]: the last D where L is at least lowest + 3, the others
+//                          where it is at least lowest + 2; or null
 //   another gradient of x  scratch, or null where D is 1 or none is wanted
 struct LstmPlain {
   int64_t dtype;       // LstmDtype
@@ -170,6 +170,7 @@ struct LstmPlain {
   int64_t x_stride_t, x_stride_b;           // of [T, B, I]
   int64_t grad_x_stride_t, grad_x_stride_b;
   int64_t grad_output_stride_t, grad_output_stride_b;
+  int64_t lowest;                           // the lowest layer of which a gradient is wanted
   int64_t threads;
   int64_t instruction_set;
 };

@@ -47,7 +47,6 @@ struct BackwardTensors : Tensors {
   void *const *saved, *const *outputs, *const *grads;
   Tensors gradients;
   void *const *between;
-  int64_t lowest;  // the lowest layer of which a gradient is wanted
 
   explicit BackwardTensors(const LstmPlain &layers)
       : Tensors(layers, addresses(layers)),
@@ -55,18 +54,14 @@ struct BackwardTensors : Tensors {
         outputs(saved + layers.layers),
         grads(outputs + layers.layers),
         gradients(layers, grads + 3),
-        between(gradients.end),
-        lowest(0) {
-    if (gradients.x || gradients.h0 || gradients.c0) return;
-    void *const *weight = gradients.weights;
-    while (weight < gradients.end && !*weight) ++weight;
-    lowest = (weight - gradients.weights) / (layers.directions * each(layers));
-  }
+        between(gradients.end) {}
 
   // Where a direction leaves the gradient of its layer's input, or null. The first direction's is
   // the layer's in the end.
   void *grad_input(const LstmPlain &layers, int64_t layer, int64_t direction) const {
-    if (layer > lowest) return between[(layer - 1) % 2 * layers.directions + direction];
+    if (layer > layers.lowest) {
+      return between[(layer - layers.lowest - 1) % 2 * layers.directions + direction];
+    }
     if (layer > 0 || !gradients.x) return nullptr;
     return direction ? between[2 * layers.directions] : gradients.x;
   }

@@ -36,7 +36,13 @@ __all__ = ["PlainLayers"]
 # LstmPlain in lstm.h, eight bytes a field: what is known of all calls, and what a call adds, before
 # its addresses.
 _LAYERS = struct.Struct("=13q")
-_OF_A_CALL = 4
+_OF_A_CALL = 5
+
+# In their place, in a forward pass: strides of grad_output, and the lowest layer differentiated.
+_NO_GRADIENTS = (0, 0, 0)
+
+# Which gradients are wanted: so many answers are remembered for tensors of some sizes.
+_PATTERNS = 64
 
 _address_of = Tensor.data_ptr
 
@@ -60,10 +66,12 @@ class _Gradients(NamedTuple):
     """The tensors that a backward pass allocates, gradients first.
 
     Attributes:
+        lowest: the lowest layer of which a gradient is wanted.
         allocation: the tensors.
         of_tensors: puts them, to which None is added, in the order of the call's tensors.
     """
 
+    lowest: int
     allocation: _Allocation
     of_tensors: Callable[[list[Any]], tuple[Tensor | None, ...]]
 
@@ -211,8 +219,7 @@ class PlainLayers:
         forms, in_turn = self._saving if save else self._passing
         results = list(starmap(_empty, forms))
         of_call = self._pack_forward(
-            0,
-            0,
+            *_NO_GRADIENTS,
             torch.get_num_threads(),
             launch._instruction_set,
             *addresses,
@@ -232,19 +239,18 @@ class PlainLayers:
         Args:
             *tensors: those of the call, and what `forward` returned behind h_n and c_n.
         """
-        x = tensors[0]
-        for tensor, shape in zip(tensors, self._kept, strict=True):
+        for k, (tensor, shape) in enumerate(zip(tensors, self._kept, strict=True)):
             if shape is not None and not (
                 tensor.shape == shape
                 and tensor.dtype is self._dtype
                 and tensor.is_cpu
-                and (tensor.is_contiguous() or tensor is x)
+                and (k == 0 or tensor.is_contiguous())
                 and not tensor.is_neg()
                 # Without memory are fakes, too, and other subclasses.
                 and tensor.data_ptr()
             ):
                 return False
-        return x.stride() == self._strides
+        return tensors[0].stride() == self._strides
 
     def backward(
         self,
@@ -272,8 +278,9 @@ class PlainLayers:
             LibraryUnavailableError: if there is no native library.
             MemoryError: if there is no memory for the kernel's scratch.
         """
-        gradients = self._gradients.get(needed) or self._allocate_backward(needed)
-        forms, in_turn = gradients.allocation
+        lowest, (forms, in_turn), of_tensors = self._gradients.get(
+            needed
+        ) or self._allocate_backward(needed)
         results: list[Any] = list(starmap(_empty, forms))
         strides = self._output_strides
         if grad_output is not None and not grad_output.is_contiguous():
@@ -283,6 +290,7 @@ class PlainLayers:
         grad_c_n = None if grad_c_n is None else grad_c_n.contiguous()
         of_call = self._pack_backward(
             *strides,
+            lowest,
             torch.get_num_threads(),
             launch._instruction_set,
             *addresses,
@@ -296,33 +304,33 @@ class PlainLayers:
         if status:
             _check(status, "backward")
         results.append(None)
-        return gradients.of_tensors(results)
+        return of_tensors(results)
 
     def _allocate_backward(self, needed: tuple[bool, ...]) -> _Gradients:
         """Find out, and remember, what a backward pass allocates."""
         first, of_layer = self.first_weight, self.each * self.directions
-        layers = range(self.num_layers)
-        wanted = [*needed[:first]]
-        for layer in layers:
-            own = first + of_layer * layer
+        wanted = list(needed[:first])
+        for own in range(first, len(needed), of_layer):
             wanted += [True in needed[own : own + of_layer]] * of_layer
         lowest = 0 if True in wanted[:first] else (wanted.index(True) - first) // of_layer
-        # Of the inputs of layers above the lowest one, which take turns, and of x.
-        between = [self._output_form] * self.directions
-        turns = [any((layer - 1) % 2 == turn for layer in layers[lowest + 1 :]) for turn in (0, 1)]
-        x = self._form(self.shapes[0])
+        # In the order of lstm.h: gradients, then scratch for those of the inputs of layers above
+        # the lowest one, of which two take turns, and for another gradient of x.
+        turns = min(self.num_layers - 1 - lowest, 2) * self.directions
+        two = self.directions > 1 and needed[0]
         forms, places = [], []
-        for form, want in [
+        for form, want in (
             *zip(map(self._form, self.shapes), wanted, strict=True),
-            *[(form, turn) for turn in turns for form in between],
-            (x, self.directions > 1 and needed[0]),
-        ]:
+            *[(self._output_form, k < turns) for k in range(2 * self.directions)],
+            (self._form(self.shapes[0]), two),
+        ):
             places.append(len(forms) if want else -1)
             if want:
                 forms.append(form)
         gradients = _Gradients(
-            _Allocation(forms, itemgetter(*places)), itemgetter(*places[: len(needed)])
+            lowest, _Allocation(forms, itemgetter(*places)), itemgetter(*places[: len(needed)])
         )
+        if len(self._gradients) >= _PATTERNS:
+            self._gradients.clear()
         self._gradients[needed] = gradients
         return gradients
 
