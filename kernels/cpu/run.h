@@ -93,6 +93,16 @@ static const Timeline *timelines_of(const Arguments &a, int64_t groups, Memory &
   return timelines;
 }
 
+// Rows, over all steps, that repay a rearrangement of the weights, at least. Rows of one step share the
+// weights that they read as dot products; what is left to the disadvantage of those is to add up the
+// lanes of each, less the longer they are. A single step is multiplied while it is rearranged.
+template <class Real>
+static int64_t packed_rows(const LstmForward &a) {
+  if (a.batch == 1) return kPackedRows;
+  const int64_t depth = a.input_size + a.features;
+  return max(2 * Simd<Real>::kWidth, min(depth / (a.steps == 1 ? 6 : 3), kMostDirectRows));
+}
+
 template <class Real>
 static const Real *zeros(int64_t count, Memory &memory) {
   Real *row = memory.take<Real>(count);
@@ -134,9 +144,7 @@ struct Forward {
                                Panels::wide_for(a.features, S::kWidth, split.unit_groups)};
     const int64_t tile = 4 * S::kWidth;
     const bool packs_late = a.steps == 1;
-    // Rows of one step share the weights that they read as dot products.
-    const bool shared = a.batch > 1;
-    const bool packed = rows.count >= max(kPackedRows, shared ? 2 * S::kWidth : 0);
+    const bool packed = rows.count >= packed_rows<Real>(a);
     const int64_t panels = !packed ? 0 : packs_late ? split.members() : blocks;
     const int64_t staged = a.gates.data || !packed ? 0 : split.row_groups * blocks * kStagedRows;
     const int64_t depth = divide_up(a.input_size, F::kEach) + divide_up(a.features, F::kEach);

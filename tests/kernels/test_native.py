@@ -590,6 +590,14 @@ def test_few_rows(T, B):
     check_recurrence(Recurrence(T, B, 18), threads=(1,))
 
 
+@pytest.mark.parametrize(
+    ("T", "B"), [(1, 40), (1, 53), (1, 54), (2, 35), (2, 36), (4, 16), (7, 11)]
+)
+def test_few_rows_for_long_sums(T, B):
+    """The longer the sums are, the more rows read the weights as they are: here 54 or 72 in all."""
+    check_layer(Layer(T, B, 70, 258), threads=(1, 2))
+
+
 @dtypes
 @few_steps
 def test_few_rows_are_computed_each_for_itself(dtype, T):
@@ -1144,18 +1152,23 @@ def test_what_is_not_finite_stays_in_its_sequence(every_way, dtype, bad, H, wher
             assert torch.equal(got.isnan(), native[name].isnan()), f"{name}: {how}"
 
 
-def with_units_in_another_order(inputs, order):
+def in_another_order(inputs, order, order_of_x):
+    """The same with hidden units, and the features of x, in another order."""
     x, h0, c0, weights = inputs
     rows = torch.cat([gate * len(order) + order for gate in range(4)])
+    columns = {0: order_of_x, 1: order}
     reordered = [
-        [w if w is None else w[rows][:, order] if k == 1 else w[rows] for k, w in enumerate(own)]
+        [
+            w if w is None else w[rows][:, columns[k]] if k in columns else w[rows]
+            for k, w in enumerate(own)
+        ]
         for own in weights
     ]
-    return x, h0[..., order], c0[..., order], reordered
+    return x[..., order_of_x], h0[..., order], c0[..., order], reordered
 
 
 def torchs_worst(case, inputs, exact, orders=20):
-    """PyTorch's results in float32, each as it is furthest off over orders of the hidden units.
+    """PyTorch's results in float32, each as it is furthest off over orders of units and features.
 
     Where one gate of many does not saturate, the order in which its sum is added up decides.
     """
@@ -1163,9 +1176,10 @@ def torchs_worst(case, inputs, exact, orders=20):
     worst = {}
     for _ in range(orders):
         order = torch.randperm(case.H, generator=generator)
+        order_of_x = torch.randperm(case.I, generator=generator)
         no_grads = (None,) * 3
         found = torch_layer(
-            case, with_units_in_another_order(inputs, order), no_grads, torch.float32
+            case, in_another_order(inputs, order, order_of_x), no_grads, torch.float32
         )
         for name in ("output", "h_n", "c_n"):
             result = found[name][..., order.argsort()]
