@@ -32,10 +32,10 @@ constexpr double kFlopsOfAMeeting = 20e3;
 // Rows of a group at least, and the bytes of weights that each member may read at every step.
 constexpr int64_t kRowsOfAGroup = 4;
 constexpr int64_t kCachedWeights = int64_t{1} << 20;
-// Rows, over all steps, that repay a rearrangement of the weights, where each step has one row; the
-// most that may be needed where it has several; and what reading and rearranging one weight costs.
+// Rows, over all steps, that repay a rearrangement of the weights, where each step has one row, and
+// where it has several, however long the sums; and what reading and rearranging one weight costs.
 constexpr int64_t kPackedRows = 8;
-constexpr int64_t kMostDirectRows = 72;
+constexpr int64_t kAlwaysPackedRows = 72;
 constexpr double kFlopsOfAWeight = 20;
 // Rows, over all steps, that repay a copy of the weights whose rows the backward pass reads, and which
 // may stay where they are otherwise.

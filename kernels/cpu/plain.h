@@ -31,6 +31,7 @@ inline void *const *addresses(const LstmPlain &layers) {
   return reinterpret_cast<void *const *>(&layers + 1);
 }
 
+// What lstm.h lists for each pass; `grads` are of output, h_n and c_n.
 struct ForwardTensors : Tensors {
   void *h_n, *c_n;
   void *const *saved, *const *outputs;

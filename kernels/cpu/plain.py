@@ -38,7 +38,7 @@ __all__ = ["PlainLayers"]
 _LAYERS = struct.Struct("=13q")
 _OF_A_CALL = 5
 
-# In their place, in a forward pass: strides of grad_output, and the lowest layer differentiated.
+# What a forward pass has for the strides of grad_output and the lowest layer to differentiate.
 _NO_GRADIENTS = (0, 0, 0)
 
 # Which gradients are wanted: so many answers are remembered for tensors of some sizes.

@@ -93,14 +93,15 @@ static const Timeline *timelines_of(const Arguments &a, int64_t groups, Memory &
   return timelines;
 }
 
-// Rows, over all steps, that repay a rearrangement of the weights, at least. Rows of one step share the
-// weights that they read as dot products; what is left to the disadvantage of those is to add up the
-// lanes of each, less the longer they are. A single step is multiplied while it is rearranged.
+// Rows, over all steps, that repay a rearrangement of the weights, at least. As dot products the rows of
+// a step share what they read of the weights as they are, and lose only the adding up of lanes: less,
+// the longer the sums. The weights of a single step are multiplied while they are rearranged, which
+// repays it sooner. Both divisors are measured.
 template <class Real>
 static int64_t packed_rows(const LstmForward &a) {
   if (a.batch == 1) return kPackedRows;
   const int64_t depth = a.input_size + a.features;
-  return max(2 * Simd<Real>::kWidth, min(depth / (a.steps == 1 ? 6 : 3), kMostDirectRows));
+  return max(2 * Simd<Real>::kWidth, min(depth / (a.steps == 1 ? 6 : 3), kAlwaysPackedRows));
 }
 
 template <class Real>
